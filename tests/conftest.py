@@ -28,7 +28,7 @@ def make_clip(folder, model_cfg=TINY, seed=0):
     config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
-    save_file(open_clip.create_model(f"local-dir:{folder}").state_dict(), folder / "open_clip_model.safetensors")
+    save_file(open_clip.create_model(f"local-dir:{folder}", pretrained_text=False).state_dict(), folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
 
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import conftest  # noqa: E402
 import paraclip  # noqa: E402
 from generate import InputError, read_rows, run  # noqa: E402
 
@@ -60,9 +61,10 @@ def gradients(clip):
 
 
 def difference(one, other):
-    """Largest difference over all tensors, each relative to its largest element."""
+    """Largest difference over all tensors, each relative to its largest element (a key's bias has gradient 0: noise)."""
     assert one.keys() == other.keys()
-    return max(float((one[key] - other[key]).abs().max() / other[key].abs().max()) for key in one)
+    floor = 1e-6 * max(float(tensor.abs().max()) for tensor in other.values())
+    return max(float((one[key] - other[key]).abs().max()) / max(float(other[key].abs().max()), floor) for key in one)
 
 
 @pytest.fixture
@@ -194,6 +196,399 @@ def test_three_steps_of_adamw_equal_a_naive_loop(world, alone, tmp_path):
     assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-9)
     assert [entry["lr"] for entry in log] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
     assert difference(dict(clip.state_dict()), dict(naive.state_dict())) < 1e-8
+
+
+# ---------------------------------------------------------------- runs, as a user starts them
+
+
+def flags(world, output, **more):
+    values = {"rows": world / "rows.jsonl", "images": world / "images", "model": f"local-dir:{world}/clip",
+              "output": output, "batch_size": 8, "lr": 1e-3, "workers": 0, **more}
+    return [str(part) for key, value in values.items() if value is not None
+            for part in ("--" + key.replace("_", "-"), *(value if isinstance(value, list) else [value]))]
+
+
+def train(*arguments):
+    """paraclip.py in this process; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["paraclip.py", *arguments])
+        try:
+            run(paraclip.main)
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def start(*arguments, code="pass", **kwargs):
+    """paraclip.py in its own process, after `code` has changed it."""
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import paraclip; {code}; paraclip.run(paraclip.main)"
+    return subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def wait_for(condition, process, seconds=90):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end and process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def log_of(folder):
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in open(path)] if path.exists() else []
+
+
+def lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def weights_of(folder):
+    return load_file(folder / "open_clip_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(world, tmp_path_factory):
+    """A run of 40 steps that nothing stopped, in its own process."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    process = start(*flags(world, folder, epochs=4))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return folder, output
+
+
+def test_a_run_learns_and_leaves_the_image_tower_alone(world, unbroken):
+    folder, output = unbroken
+    log, before, after = log_of(folder), load_file(world / "clip" / "open_clip_model.safetensors"), weights_of(folder)
+    assert [entry["step"] for entry in log] == list(range(40))
+    assert np.mean([e["loss"] for e in log[30:]]) < np.mean([e["loss"] for e in log[:10]])
+    assert set(log[0]) == {"step", "loss", "terms", "lr", "logit_scale", "grad_norm", "examples_per_s", "eta_s"}
+    assert log[0]["loss"] == pytest.approx(sum(log[0]["terms"].values()))
+    assert list(log[0]["terms"]) == ["I:T2", "T:T1", "T1:T2"]
+    assert log[0]["logit_scale"] == pytest.approx(1 / 0.07)  # before the step's update
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("visual."))
+    assert all(not torch.equal(before[key], after[key]) for key in before if not key.startswith("visual."))
+    trained = sum(t.numel() for key, t in after.items() if not key.startswith("visual."))
+    assert f"{trained:,} trained" in output and "8 = 1 x 8" in output and "40 (4 epoch(s)" in output
+    assert "Warning" not in output and "Traceback" not in output
+
+
+def test_the_run_directory_is_an_open_clip_model(world, unbroken):
+    folder, _ = unbroken
+    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a red dog"])
+    again, _, _ = paraclip.load_model(str(folder))
+    assert torch.equal(model.eval().encode_text(tokens), again.encode_text(tokens))
+    record = json.loads((folder / "config.json").read_text())
+    assert record["flags"]["batch_size"] == 8 and record["versions"]["torch"] in torch.__version__
+    assert record["base_model"]["fingerprint"] == paraclip.fingerprint(paraclip.load_model(f"local-dir:{world}/clip")[0])
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert state["step"] == 40
+
+
+def test_killed_and_started_again_is_bit_equal(world, unbroken, tmp_path):
+    arguments = flags(world, tmp_path / "run", epochs=4, save_every=7)
+    process = start(*arguments, code="paraclip.SHARD = 16")
+    wait_for(lambda: len(glob.glob(f"{tmp_path}/run/features/*.safetensors")) >= 2, process)
+    process.kill()  # while the features are computed
+    process.wait()
+    kept = {path: os.stat(path).st_mtime_ns for path in glob.glob(f"{tmp_path}/run/features/*.safetensors")}
+    process = start(*arguments, code="paraclip.SHARD = 16")
+    wait_for(lambda: lines(tmp_path / "run" / "log.jsonl") > 24, process)
+    process.kill()  # in mid-run, past the state of step 21
+    process.wait()
+    process = start(*arguments)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "from step 2" in output, output
+    assert all(os.stat(path).st_mtime_ns == stamp for path, stamp in kept.items())
+    one, other = weights_of(unbroken[0]), weights_of(tmp_path / "run")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    fixed = ("step", "loss", "terms", "lr", "logit_scale", "grad_norm")
+    assert [[e[k] for k in fixed] for e in log_of(tmp_path / "run")] == [[e[k] for k in fixed] for e in log_of(unbroken[0])]
+
+
+def test_torchrun_restarts_a_killed_rank(world, unbroken, tmp_path):
+    def start_two(folder):
+        return torchrun(ROOT / "paraclip.py", *flags(world, folder, epochs=4, save_every=5), options=["--max-restarts", "2"])
+
+    process = start_two(tmp_path / "whole")
+    text = process.communicate(timeout=200)[0]
+    assert process.returncode == 0 and "8 = 2 x 4" in text, text
+    process = start_two(tmp_path / "run")
+    wait_for(lambda: lines(tmp_path / "run" / "log.jsonl") > 11, process)
+    for environ in glob.glob("/proc/[0-9]*/environ"):
+        try:
+            variables, command = Path(environ).read_bytes(), Path(environ).with_name("cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"\0RANK=1\0" in variables and str(tmp_path).encode() in command:
+            os.kill(int(Path(environ).parent.name), signal.SIGKILL)
+    text = process.communicate(timeout=200)[0]
+    assert process.returncode == 0 and "from step " in text, text
+    log = log_of(tmp_path / "run")
+    assert [entry["step"] for entry in log] == list(range(40))
+    assert difference(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole")) < 1e-6
+    assert [e["loss"] for e in log[:5]] == pytest.approx([e["loss"] for e in log_of(unbroken[0])[:5]], rel=1e-5)
+
+
+TABLE_2 = ["I:T", "T:T1 T1:T2", "I:T I:T1", "I:T I:T1 I:T2", "I:T T:T1", "I:T1 T:T1", "I:T T:T1 T1:T2", "I:T2 T:T1 T1:T2"]
+
+
+@pytest.mark.parametrize("loss", TABLE_2)
+def test_the_losses_of_table_2(world, tmp_path, loss):
+    pairs = [tuple(term.split(":")) for term in loss.split()]
+    images = world / "images" if "I" in loss else None  # L2 + L3 needs none
+    assert train(*flags(world, tmp_path / "run", loss=loss.split(), batch_size=40, images=images)) in (0, None)
+    first = log_of(tmp_path / "run")[0]
+    clip, _, tokenizer = paraclip.load_model(f"local-dir:{world}/clip")
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0)).numpy()[:40]
+    kinds = [kind for kind in paraclip.TEXT_KEYS if any(kind in pair for pair in pairs)]
+    examples = paraclip.Examples(read_rows(world / "rows.jsonl"), kinds, tokenizer)
+    if images:
+        mark = paraclip.fingerprint(clip.visual, clip.visual.preprocess_cfg)
+        examples.use_features(*paraclip.read_cache(tmp_path / "run" / "features", mark))
+    expected = naive_terms(clip, *examples[order], pairs)
+    assert first["terms"] == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
+
+
+# ---------------------------------------------------------------- models
+
+
+def make_roberta(folder):
+    """A small RoBERTa's config and tokenizer as transformers would fetch them, and a CLIP around it."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    (folder / "hf").mkdir()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words = special + [*"abcdefghijklmnopqrstuvwxyz", "\u0120"]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>")
+    transformers.RobertaConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                               intermediate_size=64, max_position_embeddings=130).save_pretrained(folder / "hf")
+    tokenizer.save_pretrained(folder / "hf")
+    (folder / "clip").mkdir()
+    tokenizer.save_pretrained(folder / "clip")
+    text_cfg = {"hf_model_name": str(folder / "hf"), "hf_tokenizer_name": str(folder / "hf"), "hf_pooler_type": "mean_pooler",
+                "hf_model_pretrained": False, "context_length": 77, "hf_proj_type": "linear"}
+    return conftest.make_clip(folder / "clip", {**conftest.TINY, "text_cfg": text_cfg})
+
+
+@pytest.mark.parametrize("micro_batch", [0, 7])
+def test_roberta_equals_the_naive_step_and_trains(world, alone, tmp_path, micro_batch):
+    model = make_roberta(tmp_path)
+    expected, expected_gradients = naive_step(model, world, PARACLIP, torch.float64)
+    clip, _, tokenizer = paraclip.load_model(model)
+    tokens, image_features = examples_of(world, PARACLIP, tokenizer)[np.arange(24)]
+    assert len(set(paraclip.TextEncoder(clip).lengths(tokens["T"]).tolist())) > 3
+    terms = paraclip.loss_terms(paraclip.TextEncoder(clip.double(), micro_batch), tokens, image_features, PARACLIP)
+    sum(terms.values()).backward()
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-10)
+    assert difference(gradients(clip), expected_gradients) < 1e-10
+
+
+def test_a_roberta_run_directory_loads_in_open_clip(world, tmp_path):
+    assert train(*flags(world, tmp_path / "run", model=make_roberta(tmp_path), batch_size=40)) is None
+    model = open_clip.create_model(f"local-dir:{tmp_path}/run").eval()
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}/run")(["a red dog", "blue"])
+    again, _, _ = paraclip.load_model(str(tmp_path / "run"))
+    assert torch.equal(model.encode_text(tokens), again.encode_text(tokens)) and len(set(tokens[0].tolist())) > 4
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pickled",)
+
+
+def test_checkpoint_files_like_laclips(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip = open_clip.create_model("ViT-B-32")
+    weights = {"module." + key: tensor for key, tensor in clip.state_dict().items()}
+    torch.save({"state_dict": weights, "epoch": 32, "args": argparse.Namespace(lr=1e-3)}, "laion400m_laclip.pt")
+    for name in ("laclip", "ViT-B-32:laion400m_laclip.pt"):
+        loaded, _, _ = paraclip.load_model(name)
+        assert all(torch.equal(tensor, clip.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+    torch.save({"state_dict": weights, "args": Evil()}, "evil.pt")
+    with pytest.raises(InputError, match="evil.pt pickles more than weights; refused"):
+        paraclip.load_model("ViT-B-32:evil.pt")
+    assert not os.path.exists("pickled")
+    with pytest.raises(InputError, match="can't be loaded: .*size mismatch"):
+        paraclip.load_model("ViT-B-16:laion400m_laclip.pt")
+
+
+def test_the_five_baselines_name_models_and_tags_that_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("laion400m_laclip.pt").touch()
+    assert all(paraclip.resolve(name) == pair for name, pair in paraclip.BASELINES.items())
+    assert open_clip.get_model_config("ViT-B-32-quickgelu")["quick_gelu"]
+
+
+# ---------------------------------------------------------------- the feature cache
+
+
+def cache(world, folder, **more):
+    """cache_image_features on the rows of `world`: (features of all images that can be read, their ids)."""
+    config = paraclip.Config(images=str(world / "images"), output=str(folder), workers=0)
+    for key, value in more.items():
+        setattr(config, key, value)
+    folder.mkdir(exist_ok=True)
+    clip, preprocess, _ = paraclip.load_model(f"local-dir:{world}/clip")
+    ids = list(dict.fromkeys(row["image_id"] for row in read_rows(more.get("rows") or world / "rows.jsonl")))
+    arrays, places = paraclip.cache_image_features(clip, preprocess, ids, config, str(folder / "features"))
+    everything = np.concatenate(arrays)
+    return {image_id: everything[places[image_id]] for image_id in ids if image_id in places}
+
+
+def test_cached_features_are_open_clips_to_fp16(world, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(paraclip, "SHARD", 32)
+    found = cache(world, tmp_path)
+    clip, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{world}/clip")
+    assert len(found) == 80 and len(glob.glob(f"{tmp_path}/features/*")) == 3
+    for image_id, feature in found.items():
+        image = preprocess(paraclip.Image.open(world / "images" / f"{image_id}.jpg"))[None]
+        expected = clip.eval().encode_image(image, normalize=True)[0].detach().numpy()
+        assert feature.dtype == np.float16 and np.abs(feature - expected).max() < 2**-11
+
+
+def test_a_stale_cache_is_refused_and_a_good_one_reused(world, alone, tmp_path):
+    first = cache(world, tmp_path)
+    again = cache(world, tmp_path, images="")  # needs no image any more
+    assert all(np.array_equal(first[key], again[key]) for key in first)
+    conftest.make_clip(tmp_path / "other", seed=1)
+    clip, preprocess, _ = paraclip.load_model(f"local-dir:{tmp_path}/other")
+    config = paraclip.Config(output=str(tmp_path), workers=0)
+    with pytest.raises(InputError, match="safetensors: stale"):
+        paraclip.cache_image_features(clip, preprocess, ["0000"], config, str(tmp_path / "features"))
+
+
+def test_tar_shards_files_and_other_extensions_give_the_same_features(world, alone, tmp_path):
+    images, rows = tmp_path / "images", tmp_path / "rows.jsonl"
+    (images / "00001").mkdir(parents=True)
+    names = sorted(os.listdir(world / "images"))[:6]
+    with tarfile.open(images / "00000.tar", "w") as tar:
+        for name in names[:4]:
+            tar.add(world / "images" / name, arcname=name)
+            tar.addfile(tarfile.TarInfo(name.replace("jpg", "txt")), io.BytesIO())
+    paraclip.Image.open(world / "images" / names[4]).save(images / "00001" / "0004.png")
+    (images / "whole.jpg").write_bytes((world / "images" / names[5]).read_bytes())
+    ids = [f"00000/{name[:-4]}" for name in names[:4]] + ["00001/0004", "whole.jpg"]
+    texts = {"caption": "a", "paraphrase_1": "b", "paraphrase_2": "c"}
+    rows.write_text("".join(json.dumps({"image_id": image_id, **texts}) + "\n" for image_id in ids))
+    expected = cache(world, tmp_path / "flat")
+    found = cache(world, tmp_path / "shards", images=str(images), rows=rows, workers=2)
+    assert [found[image_id].tolist() for image_id in ids] == [expected[name[:-4]].tolist() for name in names]
+
+
+def test_unreadable_images_are_skipped_with_their_rows_and_named(world, tmp_path, capfd):
+    copy = tmp_path / "images"
+    copy.mkdir()
+    for name in os.listdir(world / "images"):
+        data = (world / "images" / name).read_bytes()
+        (copy / name).write_bytes(data[:300] if name == "0007.jpg" else b"" if name == "0011.jpg" else data)
+    (copy / "0013.jpg").unlink()
+    arguments = flags(world, tmp_path / "run", images=copy, batch_size=70)
+    assert train(*arguments) == 2
+    assert "more than 1.00% of the images can't be read" in capfd.readouterr().err
+    assert train(*arguments, "--max-bad-images", "0.05") is None
+    assert "77 used of 80" in capfd.readouterr().out
+    listed = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["0007", "0011", "0013"]
+
+
+# ---------------------------------------------------------------- bad input: one line, exit code 2
+
+
+def rows_with(world, tmp_path, change):
+    """A copy of the rows whose third line is changed; its path."""
+    lines = (world / "rows.jsonl").read_text().splitlines()
+    lines[2] = change if isinstance(change, str) else json.dumps({**json.loads(lines[2]), **change})
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "bad.jsonl"
+
+
+BAD = {
+    "no JSON": (lambda w, t: {"rows": rows_with(w, t, '{"image_id": "0')}, "bad.jsonl:3: not a line of JSON"),
+    "no dict": (lambda w, t: {"rows": rows_with(w, t, "[1]")}, "bad.jsonl:3: not a JSON object"),
+    "no key": (lambda w, t: {"rows": rows_with(w, t, '{"image_id": "0001"}')}, 'bad.jsonl:3: "caption" must be'),
+    "blank": (lambda w, t: {"rows": rows_with(w, t, {"paraphrase_2": " "})}, 'bad.jsonl:3: "paraphrase_2" must be'),
+    "way out": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "../clip/x"})}, "bad.jsonl:3: image_id"),
+    "absolute": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "/etc/passwd"})}, "bad.jsonl:3: image_id"),
+    "no rows": (lambda w, t: {"rows": t / "none-*.jsonl"}, "none-*.jsonl: no such file"),
+    "few rows": (lambda w, t: {"batch_size": 81}, "80 rows with an image are fewer than --batch-size 81"),
+    "no images": (lambda w, t: {"images": t}, "none of 80 images tried can be read"),
+    "images not given": (lambda w, t: {"images": None}, "--images is not given"),
+    "term": (lambda w, t: {"loss": ["I:T3"]}, "--loss I:T3"),
+    "term twice": (lambda w, t: {"loss": ["I:T", "T:I"]}, "twice"),
+    "model": (lambda w, t: {"model": "clip"}, "--model clip: none of openai, openclip-400m"),
+    "tag": (lambda w, t: {"model": "ViT-B-32:laion3b"}, '"laion3b" is neither a tag nor a file'),
+    "no tag": (lambda w, t: {"model": "ViT-B-32"}, '"" is neither a tag nor a file'),
+    "no run": (lambda w, t: {"model": f"local-dir:{t}"}, "open_clip_config.json"),
+    "flag": (lambda w, t: {"learning-rate": 1}, "--learning-rate"),
+    "number": (lambda w, t: {"lr": "fast"}, "--lr"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, capfd, case):
+    change, message = BAD[case]
+    assert train(*flags(world, tmp_path / "run", **change(world, tmp_path))) == 2
+    err = [line for line in capfd.readouterr().err.splitlines() if line and "image features" not in line]
+    assert len(err) == 1 and message in err[0] and err[0].startswith("paraclip.py: error: "), err
+
+
+def test_a_tar_member_that_points_out_is_refused(world, tmp_path, capfd):
+    (tmp_path / "images").mkdir()
+    with tarfile.open(tmp_path / "images" / "00000.tar", "w") as tar:
+        tar.add(world / "images" / "0000.jpg", arcname="../0000.jpg")
+    rows = tmp_path / "rows.jsonl"
+    texts = {"caption": "a", "paraphrase_1": "b", "paraphrase_2": "c"}
+    rows.write_text(json.dumps({"image_id": "00000/0000", **texts}) + "\n")
+    assert train(*flags(world, tmp_path / "run", rows=rows, images=tmp_path / "images", batch_size=1)) == 2
+    assert 'member "../0000.jpg" points out of the archive' in capfd.readouterr().err
+
+
+def test_other_flags_rows_or_model_on_resume_are_refused(world, tmp_path, capfd):
+    arguments = flags(world, tmp_path / "run", batch_size=40)
+    assert train(*arguments) is None
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    for more, words in ((["--lr", "0.5", "--seed", "3"], ("--lr (was 0.001, is 0.5)", "--seed (was 0, is 3)")),
+                        (["--rows", str(rows_with(world, tmp_path, {"caption": "other"}))], ("the rows",)),
+                        (["--model", conftest.make_clip(tmp_path / "other", seed=2)], ("--model", "the base_model"))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paraclip, "FREE_FLAGS", paraclip.FREE_FLAGS)
+            assert train(*arguments, *more, "--features", str(tmp_path / ("f" + more[0]))) == 2
+        err = capfd.readouterr().err
+        assert all(word in err for word in words), err
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+    assert train(*arguments, "--workers", "1", "--save-every", "3") is None  # these change no result
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(world, tmp_path, capfd):
+    assert train(*flags(world, tmp_path / "run", lr="1e30", save_every=1)) == 2
+    assert "step 1: loss" in capfd.readouterr().err
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 1
+
+
+def test_a_full_disk_keeps_the_old_state(world, tmp_path):
+    arguments = flags(world, tmp_path / "run", save_every=2)
+    process = start(*arguments, code="paraclip.save_state.__globals__['SAVED'] = 0; import resource; old = paraclip.save_state\n"
+                    "def save(encoder, optimizer, step, config):\n"
+                    "    old(encoder, optimizer, step, config)\n"
+                    "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+                    "paraclip.save_state = save")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "state.pt can't be saved" in output and "Traceback" not in output, output
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 2
+    assert not glob.glob(f"{tmp_path}/run/*.part*")
+
+
+def test_two_ranks_must_divide_the_batch(world, tmp_path):
+    process = torchrun(ROOT / "paraclip.py", *flags(world, tmp_path / "run", batch_size=7))
+    assert "paraclip.py: error: --batch-size 7 can't be divided among 2 ranks" in process.communicate(timeout=100)[0]
+    assert process.returncode != 0
 
 
 if __name__ == "__main__":
