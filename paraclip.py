@@ -27,20 +27,18 @@ import os
 import pickle
 import platform
 import subprocess
-import sys
 import tarfile
 import time
 import warnings
 import zlib
 from dataclasses import dataclass
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
-
 import numpy as np
 import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
@@ -50,9 +48,18 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
-from generate import ROW_KEYS, InputError, atomic_write, flag, is_safe, parse_flags, read_rows, run
+from generate import (
+    ROW_KEYS,
+    InputError,
+    atomic_write,
+    flag,
+    is_safe,
+    parse_flags,
+    read_rows,
+    run,
+)
 
-CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @dataclass
@@ -87,18 +94,12 @@ FREE_FLAGS = {"rows", "images", "output", "features", "max_bad_images", "save_ev
 def set_up_ranks():
     """Join torchrun's process group, or make one of a single process, so that the code below has one case. The device."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12), **alone)
     return device
-
-
-def say(*words):
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
-        print(*words, flush=True)
 
 
 def write_text(path, pieces):
@@ -143,6 +144,7 @@ def load_model(name, device="cpu"):
     function of weights and batch alone. Raises InputError.
     """
     model, weights = resolve(name)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     torch.manual_seed(0)
     logging.disable(logging.ERROR)  # what open_clip logs of a failure, the InputError says
     try:
@@ -153,7 +155,7 @@ def load_model(name, device="cpu"):
             tokenizer = open_clip.get_tokenizer(model)
     except pickle.UnpicklingError:
         raise InputError(f"--model {name}: {weights} pickles more than weights; refused") from None
-    except Exception as error:  # open_clip raises whatever its parts raise
+    except Exception as error:  # noqa: BLE001 - open_clip raises whatever its parts raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"--model {name}: can't be loaded: {reason}") from None
     finally:
@@ -163,7 +165,7 @@ def load_model(name, device="cpu"):
     if not is_huggingface(tower) and (not causal or getattr(tower, "cls_emb", None) is not None):
         raise InputError(f"--model {name}: its text tower is neither causal with the end token's feature nor Hugging Face's")
     clip.visual.requires_grad_(False)  # lock_image_tower() leaves the head of a timm tower free
-    preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
+    preprocess = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
     return clip.to(device).eval(), preprocess, tokenizer
 
 
@@ -285,15 +287,16 @@ class Images(Dataset):
                 return self.preprocess(self.open_item(self.items[i]))
         except InputError as error:
             return error
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
+        except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
             return OSError(" ".join(f"{type(error).__name__}: {error}".split()))  # one that can cross to another process
 
 
 @torch.no_grad()
 def encode_images(clip, images, workers, show=True):
-    """Yield each of `images` (a dataset like Images) in order: its L2-normalised fp32 feature [D] on the CPU, or its exception."""
+    """Yield for each of `images` (a dataset like Images), in order, its L2-normalised feature [D] on the CPU or its exception."""
     device = clip.logit_scale.device
-    loader = DataLoader(images, 256 if device.type == "cuda" else 16, num_workers=workers, collate_fn=stack_good, pin_memory=device.type == "cuda")
+    cuda = device.type == "cuda"
+    loader = DataLoader(images, 256 if cuda else 16, num_workers=workers, collate_fn=stack_good, pin_memory=cuda)
     with tqdm(total=len(images), unit="image", desc="image features", disable=not show or not len(images)) as bar:
         for good, errors in loader:
             good = good.to(device, clip.logit_scale.dtype, non_blocking=True)
@@ -305,7 +308,8 @@ def encode_images(clip, images, workers, show=True):
 def stack_good(items):
     """The tensors among `items`, stacked, and for each item its exception or None."""
     good = [item for item in items if isinstance(item, torch.Tensor)]
-    return torch.stack(good) if good else torch.empty(0), [None if isinstance(item, torch.Tensor) else item for item in items]
+    errors = [None if isinstance(item, torch.Tensor) else item for item in items]
+    return torch.stack(good) if good else torch.empty(0), errors
 
 
 def read_cache(directory, mark):
@@ -343,8 +347,12 @@ def cache_image_features(clip, preprocess, image_ids, config, directory):
         errors = [item for item in map(sample.__getitem__, range(len(sample))) if isinstance(item, Exception)]
         if len(errors) == len(sample):
             raise InputError(f"--images {config.images}: none of {len(errors)} images tried can be read: {errors[0]}")
-    shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)][dist.get_rank() :: dist.get_world_size()]
-    features = encode_images(clip, Images(list(itertools.chain(*shards)), open_item, preprocess), config.workers)
+    shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)]
+    shards = shards[dist.get_rank() :: dist.get_world_size()]
+    images = Images(list(itertools.chain(*shards)), open_item, preprocess)
+    if clip.logit_scale.is_cuda:
+        torch.set_float32_matmul_precision("high")  # TF32 rounds no coarser than the cache's fp16
+    features = encode_images(clip, images, config.workers, show=dist.get_rank() == 0)
     unreadable = []
     for shard in shards:
         found = {}
@@ -364,6 +372,7 @@ def cache_image_features(clip, preprocess, image_ids, config, directory):
             header = {"fingerprint": mark, "image_ids": json.dumps(list(found))}
             with atomic_write(os.path.join(directory, name), "wb") as file:
                 file.write(save({"features": torch.stack(list(found.values()))}, header))
+    torch.set_float32_matmul_precision("highest")
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, unreadable)
     if any(everyones) and dist.get_rank() == 0:
@@ -562,7 +571,7 @@ def check_same_run(record, path):
 def describe(config, examples, base_model):
     """What config.json keeps: every flag, the rows, the base model, versions and git commit."""
     git = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
-                         capture_output=True, text=True)
+                         check=False, capture_output=True, text=True)
     packages = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "numpy", "pillow")}
     return {"flags": dataclasses.asdict(config),
             "rows": {"count": len(examples), "crc32": examples.crc32},
@@ -631,7 +640,6 @@ def train(encoder, optimizer, examples, pairs, steps, first_step, config):
     parallel = DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     loader = DataLoader(examples, batch_size=None, sampler=list(batches(len(examples), config, first_step)),
                         num_workers=config.workers, pin_memory=logit_scale.is_cuda)
-    log = open(os.path.join(config.output, "log.jsonl"), "a", buffering=1) if dist.get_rank() == 0 else None
     for step, (tokens, image_features) in enumerate(loader, first_step):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * cosine(step, steps)
@@ -656,7 +664,8 @@ def train(encoder, optimizer, examples, pairs, steps, first_step, config):
             done, now = step + 1 - first_step, time.time()
             entry["examples_per_s"] = done * config.batch_size / (now - started)
             entry["eta_s"] = (steps - step - 1) * (now - started) / done
-            log.write(json.dumps(entry) + "\n")
+            with open(os.path.join(config.output, "log.jsonl"), "a") as log:
+                log.write(json.dumps(entry) + "\n")
             if now - spoken > 10 or step + 1 == steps:
                 spoken = now
                 print(f"step {step:,} of {steps:,}  loss {entry['loss']:.4f}  ("

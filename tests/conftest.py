@@ -19,7 +19,7 @@ TINY = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
-WORDS = "red green blue small large round square dog cat car tree house river above below near old new".split()
+WORDS = ["red", "green", "blue", "small", "large", "round", "square", "dog", "cat", "car", "tree", "house", "river", "above", "below", "near", "old", "new"]
 
 
 def make_clip(folder, model_cfg=TINY, seed=0):

@@ -19,14 +19,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import conftest  # noqa: E402
-import paraclip  # noqa: E402
-from generate import InputError, read_rows, run  # noqa: E402
+import conftest
+
+import paraclip
+from generate import InputError, read_rows, run
 
 PARACLIP = [("I", "T2"), ("T", "T1"), ("T1", "T2")]
 
@@ -192,7 +193,7 @@ def test_three_steps_of_adamw_equal_a_naive_loop(world, alone, tmp_path):
         loss.backward()
         optimizer.step()
         schedule.step()
-    log = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    log = log_of(tmp_path)
     assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-9)
     assert [entry["lr"] for entry in log] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
     assert difference(dict(clip.state_dict()), dict(naive.state_dict())) < 1e-8
@@ -237,7 +238,7 @@ def wait_for(condition, process, seconds=90):
 
 def log_of(folder):
     path = folder / "log.jsonl"
-    return [json.loads(line) for line in open(path)] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def lines(path):

@@ -1,0 +1,353 @@
+"""ParaCLIP whole, on a toy world: minutes on two CPU cores, no network, no key, no data to fetch.
+
+    python tests/demo.py [--output demo]
+
+Draws scenes of coloured shapes with captions as noisy as web alt-text, pre-trains a tiny CLIP on them, serves an
+OpenAI-compatible paraphraser on loopback (rules and a list of synonyms, and its share of bad answers), then runs
+generate.py, paraclip.py and evaluate.py as a user would, and prints the table before and after. What is the method's
+own effect: pre-training never sees a paraphrase, the benchmarks have other scenes and other sentences than training,
+and a third model is fine-tuned on the same images and captions without the paraphrases (Table 2's L1, `--loss I:T`).
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import torch
+from openai_server import Reply, Server
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# ---------------------------------------------------------------- the world: two shapes on a ground, or one thing
+
+WORDS = {  # the plain word, and others for the same
+    "red": ["crimson", "scarlet"], "green": ["emerald", "olive"], "blue": ["azure", "navy"], "yellow": ["golden", "lemon"],
+    "orange": ["amber", "tangerine"], "purple": ["violet", "lilac"], "pink": ["rose", "magenta"], "brown": ["chestnut", "tan"],
+    "circle": ["disc", "ball"], "square": ["box", "block"], "triangle": ["pyramid", "wedge"], "cross": ["plus", "crucifix"],
+    "ring": ["hoop", "loop"], "small": ["tiny", "little"], "large": ["big", "huge"],
+    "left of": ["to the left of", "on the left side of"], "right of": ["to the right of", "on the right side of"],
+    "above": ["over", "higher up than"], "below": ["under", "beneath"],
+}
+PLAIN = {word: plain for plain, others in WORDS.items() for word in (plain, *others)}
+COLOURS = {"red": "#d22", "green": "#2a2", "blue": "#24d", "yellow": "#fd0", "orange": "#f80", "purple": "#82b",
+           "pink": "#f6b", "brown": "#842"}
+SHAPES, SIZES, RELATIONS = ["circle", "square", "triangle", "cross", "ring"], ["small", "large"], list(WORDS)[-4:]
+GROUNDS = ["#fff", "#bbb", "#222", "#cdf", "#dfc"]
+PLACES = [(24, 24), (72, 24), (48, 48), (24, 72), (72, 72)]
+STEP = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first object is
+
+
+def draw_shape(canvas, shape, colour, size, x, y):
+    r = {"small": 9, "large": 18}[size]
+    box, fill = (x - r, y - r, x + r, y + r), COLOURS[colour]
+    if shape == "circle":
+        canvas.ellipse(box, fill)
+    elif shape == "square":
+        canvas.rectangle(box, fill)
+    elif shape == "triangle":
+        canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill)
+    elif shape == "ring":
+        canvas.ellipse(box, outline=fill, width=r // 3)
+    else:
+        canvas.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill)
+        canvas.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill)
+
+
+def make_scene(rng):
+    """Two objects (size, colour, shape) of different kinds, how the first lies to the second, and the ground."""
+    first, second = (tuple(rng.choice(list(kind)) for kind in (SIZES, COLOURS, SHAPES)) for _ in range(2))
+    if first[1:] == second[1:]:
+        return make_scene(rng)
+    return first, second, rng.choice(RELATIONS), rng.choice(GROUNDS)
+
+
+def draw_scene(scene, rng, margin=0):
+    """The scene on 96 x 96 pixels, with a margin of `margin` more on each side that holds a third object."""
+    first, second, relation, ground = scene
+    image = Image.new("RGB", (96 + 2 * margin,) * 2, ground)
+    canvas, (dx, dy) = ImageDraw.Draw(image), STEP[relation]
+    for (size, colour, shape), sign in ((first, 1), (second, -1)):
+        x, y = (48 + margin + sign * 24 * d + rng.randint(-4, 4) for d in (dx, dy))
+        draw_shape(canvas, shape, colour, size, x, y)
+    if margin:
+        draw_shape(canvas, rng.choice(SHAPES), rng.choice(list(COLOURS)), "small", 12, 12)
+    return image
+
+
+def draw_thing(number, rng):
+    """One of 1,000 things, each its own colour, shape, ground and place: the toy's ImageNet."""
+    number, colour = divmod(number, 8)
+    number, shape = divmod(number, 5)
+    place, ground = divmod(number, 5)
+    image = Image.new("RGB", (96, 96), GROUNDS[ground])
+    x, y = (v + rng.randint(-3, 3) for v in PLACES[place])
+    draw_shape(ImageDraw.Draw(image), SHAPES[shape], list(COLOURS)[colour], "large", x, y)
+    return image
+
+
+def word(plain, rng, rare):
+    """The plain word, or with probability `rare` another for the same."""
+    return rng.choice(WORDS[plain]) if rng.random() < rare else plain
+
+
+def name(thing, rng, rare, sized=0.5):
+    size, colour, shape = thing
+    return " ".join([word(size, rng, rare)] * (rng.random() < sized) + [word(colour, rng, rare), word(shape, rng, rare)])
+
+
+def alt_text(body, rng):
+    """`body` as web pages caption images: codes, file extensions, shouting."""
+    number = rng.randint(100, 99999)
+    noise = rng.choice(["{}", "{} | Stock Photo {n}", "{} #{n}", "{}_{n}.jpg", "IMG_{n} {}", "{} - Free Shipping!!", "NEW {} SKU{n}"])
+    text = noise.format(body, n=number)
+    return rng.choice([text, text.title(), text.upper(), text])
+
+
+def web_caption(scene, rng):
+    """A noisy caption that tells some of the scene, nearly always in plain words."""
+    first, second, relation, _ = scene
+    a, b = name(first, rng, 0.1), name(second, rng, 0.1)
+    return alt_text(rng.choice([f"{a} {word(relation, rng, 0.1)} {b}", f"{a} {word(relation, rng, 0.1)} {b}", f"{a}, {b}"]), rng)
+
+
+def query(scene, rng, rare, form):
+    """What a user types, in one of three forms that neither the captions nor the paraphraser use."""
+    first, second, relation, _ = scene
+    a, b = name(first, rng, rare, 0.7), name(second, rng, rare, 0.7)
+    return [f"there is a {a} {word(relation, rng, rare)} a {b}", f"I see one {a}, it is {word(relation, rng, rare)} the {b}",
+            f"picture with the {a} {word(relation, rng, rare)} some {b}"][form]
+
+
+# ---------------------------------------------------------------- the paraphraser: an LLM's stand-in behind OpenAI's API
+
+def any_of(plain_words):
+    """A regular expression for every word that means one of `plain_words`, longest first."""
+    words = sorted((word for word in PLAIN if PLAIN[word] in plain_words), key=len, reverse=True)
+    return rf"\b(?:{'|'.join(words)})\b"
+
+
+OBJECT = re.compile(rf"(?:{any_of(SIZES)} )?{any_of(COLOURS)} {any_of(SHAPES)}")
+RELATION = re.compile(any_of(RELATIONS))
+NOISE = re.compile(r"\b(?:sku|img)?\d+\b|\.jpg|#|\||stock photo|free shipping|\bnew\b|\bimg\b|[!-]+")
+
+
+def other_word(word, rng):
+    return rng.choice([w for w in (PLAIN[word], *WORDS[PLAIN[word]]) if w != word])
+
+
+def paraphrase(request):
+    """Step 1: the noise away, a plain sentence. Step 2: the same with other words. Works on the text alone."""
+    rng = random.Random(request.source)
+    text = " ".join(NOISE.sub(" ", request.source.lower().replace("_", " ")).split()).strip(" ,")
+    objects, relation = OBJECT.findall(text), RELATION.search(text)
+    if len(objects) != 2:
+        return f"a picture of a {text}" if request.step == 1 else f"{text.removeprefix('a picture of ')} shown here"
+    relation = relation and relation.group()
+    if request.step == 2:
+        objects = [" ".join(other_word(word, rng) for word in name.split()) for name in objects]
+        relation = relation and other_word(relation, rng)
+    a, b = (f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in objects)
+    if not relation:
+        return f"{a} and {b}" if request.step == 1 else f"both {a} and {b}"
+    return f"{a} {relation} {b}" if request.step == 1 else f"{a} lies {relation} {b}"
+
+
+def answer(request):
+    """paraphrase(), or, the first time a prompt is asked, now and then what language models and their servers do."""
+    first_time = request.prompt not in answer.asked
+    answer.asked.add(request.prompt)
+    fault = random.Random("fault " + request.prompt).randrange(100) if first_time else 99
+    good = paraphrase(request)
+    faults = [Reply(status=500), Reply("I'm sorry, but I can't help with that."), Reply(""), Reply(good[:9], "length"), Reply(f'"{good}"')]
+    return faults[fault] if fault < len(faults) else Reply(good)
+
+
+answer.asked = set()
+
+# ---------------------------------------------------------------- files: training data and benchmarks
+
+
+def make_training_data(folder, scenes, rng):
+    """images/train/NUMBER.jpg and captions.tsv; a tenth of the pictures are of the 1,000 things. (image, caption) pairs."""
+    (folder / "images/train").mkdir(parents=True)
+    pairs = []
+    with open(folder / "captions.tsv", "w") as file:
+        file.write("filepath\ttitle\n")
+        for i in range(scenes):
+            if i % 10 == 0:
+                number = rng.randrange(1000)
+                image, caption = draw_thing(number, rng), alt_text(open_clip.IMAGENET_CLASSNAMES[number], rng)
+            else:
+                scene = make_scene(rng)
+                image, caption = draw_scene(scene, rng), web_caption(scene, rng)
+            image.save(folder / f"images/train/{i:05}.jpg", quality=95)
+            file.write(f"train/{i:05}\t{caption}\n")
+            pairs.append((image, caption))
+    return pairs
+
+
+def make_benchmarks(folder, rng):
+    """Every file that evaluate.py reads, in the real formats, on scenes of their own."""
+    for path in ("coco/val2017", "coco/annotations", "aro/images", "sts/STSBenchmark", "sts/SICK"):
+        (folder / path).mkdir(parents=True)
+    images, annotations, pairs = [], [], []
+    for i in range(400):
+        scene = make_scene(rng)
+        file_name = f"{i:012}.jpg"
+        draw_scene(scene, rng).save(folder / "coco/val2017" / file_name, quality=95)
+        images.append({"id": i, "file_name": file_name})
+        annotations += [{"id": 5 * i + k, "image_id": i, "caption": query(scene, rng, 0.5, k % 3)} for k in range(5)]
+        pairs.append({"query": query(scene, rng, 0.3, i % 3), "paraphrase": query(scene, rng, 0.7, (i + 1) % 3), "image_id": i})
+    (folder / "coco/annotations/captions_val2017.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (folder / "paraphrased_retrieval.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    make_aro(folder / "aro", rng)
+    make_sts(folder / "sts", rng)
+    for number in range(1000):
+        wnid = folder / f"imagenet/val/n{number:08}"
+        wnid.mkdir(parents=True)
+        draw_thing(number, rng).save(wnid / "0.JPEG", quality=95)
+
+
+def make_aro(folder, rng):
+    relations, attributes = [], []
+    for i in range(400):
+        first, second, relation, ground = make_scene(rng)
+        size = rng.choice(SIZES)  # one size and, for attributes, two colours alone: 25 examples a pair of colours
+        if i % 2:
+            pair = [("red", "blue"), ("green", "yellow"), ("orange", "purple"), ("pink", "brown")][i // 2 % 4]
+            kinds = rng.sample(SHAPES, 2)
+            first, second = ((size, colour, shape) for colour, shape in zip(pair, kinds))
+        image = f"{i}.jpg"
+        draw_scene((first, second, relation, ground), rng, margin=32).save(folder / "images" / image, quality=95)
+        box = {"image_path": image, "bbox_x": 32, "bbox_y": 32, "bbox_w": 96, "bbox_h": 96}
+        (_, colour_a, a), (_, colour_b, b) = first, second
+        if i % 2:
+            attributes.append({**box, "attributes": list(pair), "true_caption": f"the {colour_a} {a} and the {colour_b} {b}",
+                               "false_caption": f"the {colour_b} {a} and the {colour_a} {b}"})
+        else:
+            a, b = f"{colour_a} {a}", f"{colour_b} {b}"
+            relations.append({**box, "relation_name": WORDS[relation][0], "true_caption": f"the {a} is {WORDS[relation][0]} the {b}",
+                              "false_caption": f"the {b} is {WORDS[relation][0]} the {a}"})
+    (folder / "visual_genome_relation.json").write_text(json.dumps(relations))
+    (folder / "visual_genome_attribution.json").write_text(json.dumps(attributes))
+
+
+def make_sts(folder, rng):
+    """Two sentences and how much of their scenes is the same, from 0 to 5, as the seven tasks lay them out."""
+
+    def pair(form):
+        one, other = make_scene(rng), make_scene(rng)
+        keep = rng.random()
+        parts = [(a if rng.random() < keep else b) for x, y in zip(one[:2], other[:2]) for a, b in zip(x, y)]
+        mixed = (tuple(parts[:3]), tuple(parts[3:]), one[2] if rng.random() < keep else other[2], "")
+        same = [a == b for x, y in zip(one[:2], mixed[:2]) for a, b in zip(x, y)] + [one[2] == mixed[2]]
+        return f"{5 * sum(same) / len(same):.3f}", query(one, rng, 0.5, form), query(mixed, rng, 0.5, (form + 1) % 3)
+
+    subsets = {"STS12": "MSRpar MSRvid SMTeuroparl surprise.OnWN surprise.SMTnews", "STS13": "FNWN headlines OnWN",
+               "STS14": "deft-forum deft-news headlines images OnWN tweet-news",
+               "STS15": "answers-forums answers-students belief headlines images",
+               "STS16": "answer-answer headlines plagiarism postediting question-question"}
+    for year, names in subsets.items():
+        (folder / f"{year}-en-test").mkdir()
+        for subset in names.split():
+            lines = [pair(k % 3) for k in range(50)]
+            (folder / f"{year}-en-test/STS.input.{subset}.txt").write_text("".join(f"{a}\t{b}\n" for _, a, b in lines))
+            (folder / f"{year}-en-test/STS.gs.{subset}.txt").write_text("".join(f"{score}\n" for score, _, _ in lines))
+    lines = [pair(k % 3) for k in range(500)]
+    (folder / "STSBenchmark/sts-test.csv").write_text(
+        "".join(f"main-captions\ttoy\t2026\t{k:04}\t{score}\t{a}\t{b}\n" for k, (score, a, b) in enumerate(lines[:250])))
+    (folder / "SICK/SICK_test_annotated.txt").write_text(
+        "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\r\n"
+        + "".join(f"{k}\t{a}\t{b}\t{score}\tNEUTRAL\r\n" for k, (score, a, b) in enumerate(lines[250:])))
+
+
+# ---------------------------------------------------------------- the tiny CLIP
+
+CLIP = {
+    "embed_dim": 96,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 96, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 3},
+}
+
+
+def pretrain(folder, pairs, steps, batch_size=128, lr=1e-3):
+    """CLIP's own training on images and noisy captions, a new caption's worth of noise an epoch; an open_clip local-dir."""
+    from paraclip import TextEncoder, info_nce
+
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**CLIP)
+    config = {"model_cfg": CLIP, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    preprocess = open_clip.image_transform(32, is_train=False, mean=(0.5,) * 3, std=(0.5,) * 3)
+    images = torch.stack([preprocess(image) for image, _ in pairs])
+    tokens = open_clip.get_tokenizer("ViT-B-32")([caption for _, caption in pairs])
+    encoder, optimizer = TextEncoder(clip), torch.optim.AdamW(clip.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    started, order = time.time(), torch.empty(0, dtype=torch.long)
+    for step in range(steps):
+        if len(order) < batch_size:
+            order = torch.randperm(len(pairs))
+        batch, order = order[:batch_size], order[batch_size:]
+        text_features, logit_scale = encoder(tokens[batch])
+        loss = info_nce(clip.encode_image(images[batch], normalize=True), text_features, logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        clip.logit_scale.data.clamp_(0, math.log(100))
+        if step % 100 == 0 or step == steps - 1:
+            print(f"pre-training step {step} of {steps}  loss {loss.item():.3f}  {time.time() - started:.0f} s", flush=True)
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+
+
+# ---------------------------------------------------------------- as a user would
+
+
+def run(command, folder, **environment):
+    print(f"\n$ {command}", flush=True)
+    words = [sys.executable, str(ROOT / command.split()[1]), *shlex.split(command)[2:]]
+    subprocess.run(words, cwd=folder, check=True, env={**os.environ, **environment})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="demo", help="folder for everything; made anew (default: demo)")
+    parser.add_argument("--scenes", type=int, default=4000, help="training pictures (default: 4000)")
+    parser.add_argument("--steps", type=int, default=600, help="of pre-training (default: 600)")
+    flags = parser.parse_args()
+    folder, started, rng = Path(flags.output), time.time(), random.Random(0)
+    if folder.exists() and not (folder / "captions.tsv").exists():
+        sys.exit(f"{folder} is there and is no demo's; give another --output")
+    shutil.rmtree(folder, ignore_errors=True)
+
+    pairs = make_training_data(folder, flags.scenes, rng)
+    make_benchmarks(folder / "benchmarks", rng)
+    print(f"{flags.scenes} training pictures and the benchmarks are in {folder}; a caption: {pairs[1][1]!r}")
+    pretrain(folder / "clip", pairs, flags.steps)
+    with Server(answer) as server:  # one call at a time, so that the rows come in the same order every time
+        run("python generate.py captions.tsv --output rows.jsonl --concurrency 1", folder,
+            OPENAI_API_KEY="not-needed", OPENAI_BASE_URL=server.url)
+    train = ("python paraclip.py --rows rows.jsonl --images images --model local-dir:clip --features features "
+             "--batch-size 256 --epochs 4 --lr 2e-4")
+    run(f"{train} --output runs/paraclip", folder)
+    run(f"{train} --output runs/L1 --loss I:T", folder)
+    run("python evaluate.py local-dir:clip runs/paraclip runs/L1 --data benchmarks --json results.json --gallery figure3.png", folder)
+    print(f"\nFigure 3: {folder / 'figure3.png'}\n{time.time() - started:.0f} seconds in all")
+
+
+if __name__ == "__main__":
+    main()
