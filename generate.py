@@ -88,12 +88,17 @@ def parse_flags(config, doc, argv=None):
 
 
 def run(main):
-    """Call main(); an InputError becomes one line on stderr and exit code 2."""
+    """Call main() and exit with its code: 2 and one line on stderr for an InputError, 130 for Ctrl-C."""
     try:
         sys.exit(main())
     except InputError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # under torchrun rank 0 says it first, and the others are ended
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: what is finished is kept, and the same command goes on with the rest", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextlib.contextmanager
@@ -691,9 +696,6 @@ def main():
     config = parse_flags(Config, __doc__)
     try:
         return export_chat(config) if config.export_chat else generate(config)
-    except KeyboardInterrupt:
-        print("stopped: every finished row is kept, and the same command goes on with the rest", file=sys.stderr)
-        return 130
     except OSError as error:
         raise InputError(f"{error.filename or config.output}: {error.strerror}; rows are kept, the same command goes on") from None
 

@@ -31,6 +31,7 @@ import tarfile
 import time
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,12 +65,12 @@ CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "
 
 @dataclass
 class Config:
-    rows: list = flag([], "JSONL files of generate.py, paths or globs", required=True)
+    rows: Sequence[str] = flag([], "JSONL files of generate.py, paths or globs", required=True)
     images: str = flag("", "folder of images or of img2dataset .tar shards; image_id is the path below it")
     model: str = flag("openai", "openai, openclip-400m, openclip-2b, openclip-roberta, laclip (section 3.1); "
                                 "MODEL:TAG, MODEL:FILE or MODEL:random of open_clip; local-dir:DIR or a run directory")
     output: str = flag("", "run directory; one that stands already is gone on with", required=True)
-    loss: list = flag(["I:T2", "T:T1", "T1:T2"], "InfoNCE terms, pairs of I T T1 T2: section 2.2 and Table 2")
+    loss: Sequence[str] = flag(["I:T2", "T:T1", "T1:T2"], "InfoNCE terms, pairs of I T T1 T2: section 2.2 and Table 2")
     batch_size: int = flag(3072, "examples a step over all ranks: Appendix A")
     epochs: int = flag(1, "Appendix A")
     lr: float = flag(5e-7, "peak learning rate, annealed to zero by a cosine: Appendix A")

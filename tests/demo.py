@@ -327,7 +327,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="demo", help="folder for everything; made anew (default: demo)")
     parser.add_argument("--scenes", type=int, default=4000, help="training pictures (default: 4000)")
-    parser.add_argument("--steps", type=int, default=600, help="of pre-training (default: 600)")
+    parser.add_argument("--steps", type=int, default=400, help="of pre-training (default: 400)")
     flags = parser.parse_args()
     folder, started, rng = Path(flags.output), time.time(), random.Random(0)
     if folder.exists() and not (folder / "captions.tsv").exists():

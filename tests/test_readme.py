@@ -1,0 +1,71 @@
+"""What the README tells a newcomer to type: every command's flags exist, the example runs, and so does the demo."""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from generate import parse_flags
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.split("#")[0].strip() for _, block in BLOCKS for line in block.splitlines() if re.search(r"\w+\.py ", line)]
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) == 5
+    for script in ("generate", "paraclip", "evaluate"):
+        assert any(f"{script}.py" in command for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "tests/" not in c and not c.endswith("...")])
+def test_every_flag_of_every_command_exists(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").mkdir()  # evaluate.py looks for it at once
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    parse_flags(importlib.import_module(words[script].removesuffix(".py")).Config, "", words[script + 1 :])
+
+
+def test_the_eight_losses_of_table_2():
+    import evaluate
+    import paraclip
+
+    lines = next(block for _, block in BLOCKS if block.startswith("--loss"))
+    losses = [" ".join(terms.split()) for terms in re.findall(r"--loss ((?:\S+:\S+ ?)+)", lines)]
+    assert len(losses) == 8 and all(paraclip.parse_loss(loss.split()) for loss in losses)
+    assert {loss for model, loss in evaluate.PAPER if model == "openai" and loss} == set(losses)
+
+
+@pytest.mark.parametrize("script", ["generate.py", "paraclip.py", "evaluate.py", "tests/demo.py", "tests/bench_train.py"])
+def test_help(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+    assert "default" in done.stdout and not done.stderr
+
+
+def test_the_python_example_runs_on_a_run_directory(world):
+    code = next(block for language, block in BLOCKS if language == "python")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(re.sub(r"local-dir:[\w/]+", f"local-dir:{world}/clip", code), {})  # noqa: S102 - the README is ours
+    assert re.fullmatch(r"-?\d\.\d\d\n", out.getvalue())
+
+
+def test_the_demo_runs_small(tmp_path):
+    command = [sys.executable, ROOT / "tests" / "demo.py", "--output", tmp_path / "demo", "--scenes", "520", "--steps", "3"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("local-dir:clip", "runs/paraclip", "runs/L1"):
+        assert re.search(rf"\| {name} +(\| +\d+\.\d +){{8}}\|", done.stdout), done.stdout
+    assert (tmp_path / "demo" / "figure3.png").stat().st_size > 10_000
+    assert "Warning" not in done.stdout + done.stderr and "Traceback" not in done.stderr
