@@ -79,7 +79,7 @@ class Config:
 
 # ---------------------------------------------------------------- encoding
 
-BLOCK = 4096  # texts that TextEncoder sorts by length and encodes, a sixteenth at a time
+TEXTS_AT_ONCE = 4096  # that TextEncoder sorts by length and encodes in chunks
 
 
 def fixed_point(features):
@@ -126,8 +126,8 @@ def encoders(clip, preprocess, tokenizer, image_cache, config):
 
     @torch.no_grad()
     def encode_tokens(tokens):
-        blocks = torch.stack(tokens).split(BLOCK)
-        for block in tqdm(blocks, "text features", unit="text", unit_scale=BLOCK, leave=False, delay=3):
+        blocks = torch.stack(tokens).split(TEXTS_AT_ONCE)
+        for block in tqdm(blocks, "text features", unit="text", unit_scale=TEXTS_AT_ONCE, leave=False, delay=3):
             yield from text_encoder(block)[0].float().cpu()
 
     def encode_crops(items):

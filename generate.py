@@ -88,16 +88,18 @@ def parse_flags(config, doc, argv=None):
 
 
 def run(main):
-    """Call main() and exit with its code: 2 and one line on stderr for an InputError, 130 for Ctrl-C."""
+    """Call main() and exit with its code; with 2 and one line on stderr for what the user must mend, 130 for Ctrl-C."""
     try:
         sys.exit(main())
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            error = f"{error.filename or 'writing'}: {error.strerror or error}; what stood there stays"
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # under torchrun rank 0 says it first, and the others are ended
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: what is finished is kept, and the same command goes on with the rest", file=sys.stderr)
+        print("stopped: what is finished is kept; generate.py and paraclip.py go on with the same command", file=sys.stderr)
         sys.exit(130)
 
 
@@ -111,6 +113,9 @@ def atomic_write(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(part)
@@ -167,7 +172,7 @@ def expand(patterns):
     paths = []
     for pattern in [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns:
         pattern = os.fspath(pattern)
-        found = [path for path in glob.glob(pattern, recursive=True) if path == pattern or ".failed." not in path]
+        found = [path for path in glob.glob(pattern, recursive=True) if path == pattern or ".failed." not in os.path.basename(path)]
         found = sorted(found) or [pattern]
         if not os.path.isfile(found[0]):
             raise InputError(f"{pattern}: no such file")
@@ -570,7 +575,7 @@ def retry_after(value):
         return min(max(0.0, float(value)), 86400)
     except (TypeError, ValueError):
         with contextlib.suppress(TypeError, ValueError):
-            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+            return min(max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time()), 86400)
 
 
 # ---------------------------------------------------------------- the method, and the job around it

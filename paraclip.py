@@ -60,7 +60,8 @@ from generate import (
     run,
 )
 
-CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # this rank's
 
 
 @dataclass
@@ -84,12 +85,20 @@ class Config:
     save_every: int = flag(500, "steps between two saved states")
     workers: int = flag(min(CORES, 16), "processes a rank that decode images and tokenise")
 
+    def __post_init__(self):
+        for name in ("batch_size", "epochs", "save_every", "micro_batch", "workers"):
+            if getattr(self, name) < (name not in ("micro_batch", "workers")):
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: too small")
+
 
 BETAS, EPS = (0.9, 0.98), 1e-6  # not stated in the paper; open_clip's for ViT
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's
-FREE_FLAGS = {"rows", "images", "output", "features", "max_bad_images", "save_every", "workers"}  # may differ on resume
+FREE_FLAGS = {"rows", "images", "output", "features", "max_bad_images", "micro_batch", "save_every", "workers"}  # on resume
 
 # ---------------------------------------------------------------- the ranks: torchrun's, or one plain process
+
+
+TIMEOUT = datetime.timedelta(hours=12)  # of one rank waiting for another, which may have more images to encode
 
 
 def set_up_ranks():
@@ -98,8 +107,13 @@ def set_up_ranks():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12), **alone)
+    store, rank, world, bound = dist.HashStore(), 0, 1, {"device_id": device} if cuda else {}
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # on several machines the counts of restarts differ
+            # torchrun keeps its store when it restarts: without a name space of its own a rank may read a dead one's address.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, world_size=world, rank=rank, store=store, **bound)
     return device
 
 
@@ -180,8 +194,9 @@ def is_huggingface(tower):
 
 
 def fingerprint(module, *more):
-    """SHA-256 of a module's weights and buffers, of its layers and settings as it prints them, and of `more`."""
-    digest = hashlib.sha256(repr((module, *more)).encode())  # the same weights under GELU and QuickGELU differ here
+    """SHA-256 of a module's weights and buffers, of the kinds of its layers (GELU or QuickGELU, say), and of `more`."""
+    kinds = [(name, type(layer).__name__) for name, layer in module.named_modules()]
+    digest = hashlib.sha256(json.dumps([kinds, *more]).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -228,7 +243,7 @@ class TextEncoder(torch.nn.Module):
             cut[prefix + "attn_mask"] = tower.attn_mask[:length, :length]
         logit_scale = self.clip.logit_scale
         with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):
-            _, text_features, _ = functional_call(self.clip, cut, kwargs={"text": tokens.to(logit_scale.device)})
+            text_features = functional_call(self.clip, cut, kwargs={"text": tokens.to(logit_scale.device)})[1]
         return F.normalize(text_features.to(logit_scale.dtype), dim=-1)  # once more: bf16 has normalised coarsely
 
 
@@ -297,13 +312,14 @@ def encode_images(clip, images, workers, show=True):
     """Yield for each of `images` (a dataset like Images), in order, its L2-normalised feature [D] on the CPU or its exception."""
     device = clip.logit_scale.device
     cuda = device.type == "cuda"
-    loader = DataLoader(images, 256 if cuda else 16, num_workers=workers, collate_fn=stack_good, pin_memory=cuda)
+    loader = DataLoader(images, 64 if cuda else 16, num_workers=workers, collate_fn=stack_good,
+                        pin_memory=cuda, multiprocessing_context="fork" if workers else None)
     with tqdm(total=len(images), unit="image", desc="image features", disable=not show or not len(images)) as bar:
         for good, errors in loader:
             good = good.to(device, clip.logit_scale.dtype, non_blocking=True)
             features = iter(clip.encode_image(good, normalize=True).float().cpu() if len(good) else ())
-            yield from (error or next(features) for error in errors)
             bar.update(len(errors))
+            yield from (error or next(features) for error in errors)
 
 
 def stack_good(items):
@@ -313,72 +329,79 @@ def stack_good(items):
     return torch.stack(good) if good else torch.empty(0), errors
 
 
-def read_cache(directory, mark):
-    """(list of memory-mapped [n, D] arrays, {image_id: place in their concatenation}) of the cache files in `directory`."""
+def read_cache(files, mark, root=""):
+    """(memory-mapped [n, D] arrays, {image_id: place in their concatenation}) of cache files.
+
+    Raises InputError for a file with another fingerprint than `mark`, or made from another image root than `root`.
+    """
     arrays, places, total = [], {}, 0
-    for path in sorted(glob.glob(os.path.join(glob.escape(directory), "*.safetensors"))):
+    for path in files:
         with safe_open(path, "pt") as file:
             header = file.metadata()
             if header["fingerprint"] != mark:
                 raise InputError(f"{path}: stale: features of another image tower or preprocessing; name another "
                                  "--features or delete this one")
+            if root and header["images"] != os.path.realpath(root):
+                raise InputError(f"{path}: stale: features of the images in {header['images']}, not in --images {root}; "
+                                 "name another --features")
             arrays.append(file.get_tensor("features").numpy())
         places.update(zip(json.loads(header["image_ids"]), itertools.count(total)))
         total += len(arrays[-1])
     return arrays, places
 
 
-def cache_image_features(clip, preprocess, image_ids, config, directory):
+def cache_image_features(clip, preprocess, image_ids, config):
     """Encode the images that the cache lacks, each rank its share, and return read_cache() of the whole.
 
     A cache file holds up to SHARD fp16 features with their ids and the fingerprint of tower and preprocessing; it is
-    named by its ids and appears whole or not at all. Images that can't be read are named in OUTPUT/unreadable.txt.
-    Raises InputError for a stale cache, for images that are nowhere, for too many that can't be read.
+    named by its ids and appears whole or not at all. Images that can't be read are named in OUTPUT/unreadable.txt, and
+    tried again by the next run. Raises InputError if they are too many, and for a stale cache.
     """
+    def check(unreadable):
+        if unreadable:
+            write_text(os.path.join(config.output, "unreadable.txt"), unreadable)
+        if len(unreadable) > config.max_bad_images * len(image_ids):
+            raise InputError(f"more than {config.max_bad_images:.2%} of the images can't be read (--max-bad-images): see "
+                             f"{config.output}/unreadable.txt; the first: {' '.join(unreadable[0].split())}")
+
+    directory, rank, world = config.features or os.path.join(config.output, "features"), dist.get_rank(), dist.get_world_size()
     os.makedirs(directory, exist_ok=True)
-    mark = fingerprint(clip.visual, clip.visual.preprocess_cfg)
-    _, places = read_cache(directory, mark)
-    missing = [image_id for image_id in image_ids if image_id not in places]
-    dist.barrier()  # every rank has seen the same files
-    if missing and not config.images:
-        raise InputError("--images is not given, and the loss names I")
-    open_item = functools.partial(open_image, config.images)
-    if missing:
-        sample = Images(missing[:: math.ceil(len(missing) / 100)], open_item, preprocess)
-        errors = [item for item in map(sample.__getitem__, range(len(sample))) if isinstance(item, Exception)]
-        if len(errors) == len(sample):
-            raise InputError(f"--images {config.images}: none of {len(errors)} images tried can be read: {errors[0]}")
-    shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)]
-    shards = shards[dist.get_rank() :: dist.get_world_size()]
-    images = Images(list(itertools.chain(*shards)), open_item, preprocess)
+    files = [sorted(glob.glob(os.path.join(glob.escape(directory), "*.safetensors")))]
+    dist.broadcast_object_list(files)  # rank 0's list: another run may be adding to the folder
+    files, mark = files[0], fingerprint(clip.visual, clip.visual.preprocess_cfg)
+    missing = sorted(set(image_ids) - read_cache(files, mark, config.images)[1].keys())  # sorted: a shard's members together
+    if missing and not os.path.isdir(config.images):
+        raise InputError(f"--images {config.images or 'is not given'}: no such folder, and {len(missing):,} images that the "
+                         "loss names have no feature yet")
+    shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)][rank::world]
+    images = Images(list(itertools.chain(*shards)), functools.partial(open_image, config.images), preprocess)
     if clip.logit_scale.is_cuda:
-        torch.set_float32_matmul_precision("high")  # TF32 rounds no coarser than the cache's fp16
-    features = encode_images(clip, images, config.workers, show=dist.get_rank() == 0)
-    unreadable = []
-    for shard in shards:
-        found = {}
-        for image_id, feature in zip(shard, features):
-            if isinstance(feature, InputError):
-                raise feature
-            if isinstance(feature, Exception):
-                unreadable.append(f"{image_id}\t{feature}\n")
-                if len(unreadable) > config.max_bad_images * len(image_ids):
-                    write_text(os.path.join(config.output, "unreadable.txt"), unreadable)
-                    raise InputError(f"more than {config.max_bad_images:.2%} of the images can't be read (--max-bad-images): "
-                                     f"see {config.output}/unreadable.txt")
-            else:
-                found[image_id] = feature.half()
-        if found:
-            name = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16] + ".safetensors"
-            header = {"fingerprint": mark, "image_ids": json.dumps(list(found))}
-            with atomic_write(os.path.join(directory, name), "wb") as file:
-                file.write(save({"features": torch.stack(list(found.values()))}, header))
+        torch.set_float32_matmul_precision("high")  # TF32: about 1e-3, as the cache's fp16
+    unreadable, written = [], []
+    with contextlib.closing(encode_images(clip, images, config.workers, show=rank == 0)) as features:
+        for shard in shards:
+            found = {}
+            for image_id, feature in zip(shard, features):
+                if isinstance(feature, InputError):
+                    raise feature
+                if isinstance(feature, Exception):
+                    unreadable.append(f"{image_id}\t{feature}\n")
+                else:
+                    found[image_id] = feature.half()
+            check(unreadable)
+            if found:
+                name = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16] + ".safetensors"
+                written.append(os.path.join(directory, name))
+                header = {"fingerprint": mark, "images": os.path.realpath(config.images), "image_ids": json.dumps(list(found))}
+                with atomic_write(written[-1], "wb") as file:
+                    file.write(save({"features": torch.stack(list(found.values()))}, header))
     torch.set_float32_matmul_precision("highest")
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, unreadable)
-    if any(everyones) and dist.get_rank() == 0:
-        write_text(os.path.join(config.output, "unreadable.txt"), itertools.chain(*everyones))
-    return read_cache(directory, mark)
+    everyones = [None] * world
+    dist.all_gather_object(everyones, (unreadable, written))
+    if rank == 0:
+        check(list(itertools.chain(*(lines for lines, _ in everyones))))
+    dist.barrier()
+    return read_cache(files + sorted({path for _, paths in everyones for path in paths} - set(files)), mark)
 
 
 # ---------------------------------------------------------------- losses
@@ -390,7 +413,7 @@ def cache_image_features(clip, preprocess, image_ids, config, directory):
 #   1 / temperature | logit_scale           | scalar, the model's own, trains (not stated; ours)
 
 TEXT_KEYS = dict(zip(("T", "T1", "T2"), ROW_KEYS[1:]))
-BLOCK = 1024  # rows of a similarity matrix held at a time
+BLOCK = 1024  # rows of an N x N similarity matrix held at a time, in backward too
 
 
 def parse_loss(terms):
@@ -409,17 +432,13 @@ def info_nce(a, b, logit_scale, rows=slice(None)):
 
         1/2N * sum over i of [-log softmax_j(s * a_i.b_j)[i] - log softmax_j(s * b_i.a_j)[i]]
 
-    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `rows`, only the share of those i's in the
-    sum: the shares of all ranks add up to the loss. The N x N similarities are never held whole, also not for backward.
+    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `rows`, the share of those i's in the sum: the
+    shares of disjoint rows that make up the batch add up to the loss.
     """
-    def cross_entropy(queries, keys, targets):  # [n, D], [N, D], [n]
-        return F.cross_entropy(logit_scale * queries @ keys.T, targets, reduction="sum")
-
-    total = 0
-    for i in torch.arange(len(a), device=a.device)[rows].split(BLOCK):
-        for queries, keys in ((a, b), (b, a)):
-            total = total + checkpoint(cross_entropy, queries[i], keys, i, use_reentrant=False)
-    return total / (2 * len(a))
+    targets = torch.arange(len(a), device=a.device)[rows]
+    a_to_b = F.cross_entropy(logit_scale * a[rows] @ b.T, targets, reduction="sum")
+    b_to_a = F.cross_entropy(logit_scale * b[rows] @ a.T, targets, reduction="sum")
+    return (a_to_b + b_to_a) / (2 * len(a))
 
 
 class Gather(torch.autograd.Function):
@@ -446,16 +465,18 @@ def loss_terms(encoder, tokens, image_features, pairs):
     text_features, logit_scale = encoder(torch.cat(list(tokens.values())))  # every kind in one call
     features = dict(zip(tokens, text_features.chunk(len(tokens))))
     features["I"] = image_features.to(text_features)
-    features = {kind: Gather.apply(features[kind]) for kind in {kind: 0 for pair in pairs for kind in pair}}
-    rank, n = dist.get_rank(), len(image_features)
-    return {f"{a}:{b}": info_nce(features[a], features[b], logit_scale, slice(rank * n, (rank + 1) * n)) for a, b in pairs}
+    features = {kind: Gather.apply(features[kind]) for kind in dict.fromkeys(itertools.chain(*pairs))}
+    first, end = (place * len(image_features) for place in (dist.get_rank(), dist.get_rank() + 1))
+    blocks = [slice(start, min(start + BLOCK, end)) for start in range(first, end, BLOCK)]
+    return {f"{a}:{b}": sum(checkpoint(info_nce, features[a], features[b], logit_scale, rows, use_reentrant=False)
+                            for rows in blocks) for a, b in pairs}
 
 
 # ---------------------------------------------------------------- data
 
 
 class Examples(Dataset):
-    """The rows' texts in one block of bytes (few Python objects: 5M rows take 1 GB) and their places in the image features."""
+    """The rows' texts in one block of bytes (5M rows: 1 GB, and few Python objects), and their image features' places."""
 
     def __init__(self, rows, kinds, tokenizer):
         """Read `rows` (read_rows): the texts of `kinds`, and image_ids, each once, in the order of the rows."""
@@ -525,34 +546,32 @@ def cosine(step, steps):
 def save_state(encoder, optimizer, step, config):
     """Replace OUTPUT/state.pt by the state before `step`: what trains, the optimizer and the step, as plain types."""
     weights = {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}
-    state = {"step": step, "seed": config.seed, "weights": weights, "optimizer": optimizer.state_dict()}
-    with saving(os.path.join(config.output, "state.pt")) as file:
-        torch.save(state, file)
+    state = io.BytesIO()  # torch.save straight to a full disk ends in an error of its own
+    torch.save({"step": step, "seed": config.seed, "weights": weights, "optimizer": optimizer.state_dict()}, state)
+    with atomic_write(os.path.join(config.output, "state.pt"), "wb") as file:
+        file.write(state.getbuffer())
 
 
 def load_state(encoder, optimizer, config):
     """Load OUTPUT/state.pt if there is one, cut log.jsonl to the steps before it, and return the step to go on at."""
     path, log = os.path.join(config.output, "state.pt"), os.path.join(config.output, "log.jsonl")
+    steps = [0] * dist.get_world_size()
     step = 0
     if os.path.exists(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         encoder.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    if dist.get_rank() == 0 and os.path.exists(log):
-        with open(log) as lines, atomic_write(log) as kept:
-            kept.writelines(itertools.islice(lines, step))
+    dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise InputError(f"--output {config.output}: not the same folder on all machines (their states are of steps {steps})")
+    if dist.get_rank() == 0:
+        for part in glob.glob(glob.escape(config.output) + "/*.part*"):  # of a save that was killed
+            os.remove(part)
+        if os.path.exists(log):
+            with open(log) as lines, atomic_write(log) as kept:
+                kept.writelines(itertools.islice(lines, step))
     return step
-
-
-@contextlib.contextmanager
-def saving(path):
-    """atomic_write for binary files, a full disk told in one line."""
-    try:
-        with atomic_write(path, "wb") as file:
-            yield file
-    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-        raise InputError(f"{path} can't be saved ({error}); what stood there stays") from None
 
 
 def check_same_run(record, path):
@@ -563,7 +582,7 @@ def check_same_run(record, path):
         before = json.load(file)
     differ = [f"--{key.replace('_', '-')} (was {before['flags'].get(key)!r}, is {value!r})"
               for key, value in record["flags"].items() if key not in FREE_FLAGS and before["flags"].get(key) != value]
-    differ += [f"the {key}" for key in ("rows", "base_model") if before[key] != record[key]]
+    differ += [f"{key} (was {before[key]}, is {record[key]})" for key in ("rows", "base_model") if before[key] != record[key]]
     if differ:
         raise InputError(f"{os.path.dirname(path)} is a run that began otherwise: {', '.join(differ)}; give what it had, "
                          "or another --output")
@@ -589,48 +608,26 @@ def export(clip, tokenizer, config):
                json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=1))
     if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
         tokenizer.save_pretrained(config.output)
-    with saving(os.path.join(config.output, "open_clip_model.safetensors")) as file:
+    with atomic_write(os.path.join(config.output, "open_clip_model.safetensors"), "wb") as file:
         file.write(save({name: tensor.contiguous().cpu() for name, tensor in clip.state_dict().items()}))
 
 
 # ---------------------------------------------------------------- the run
 
 
-def main():
-    config = parse_flags(Config, __doc__)
-    pairs = parse_loss(config.loss)
-    device = set_up_ranks()
+def print_plan(config, clip, examples, steps, first_step, device):
+    """What is about to run, before step 0."""
+    trained = sum(p.numel() for p in clip.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in clip.parameters()) - trained
     world = dist.get_world_size()
-    if config.batch_size < 1 or config.batch_size % world:
-        raise InputError(f"--batch-size {config.batch_size} can't be divided among {world} ranks")
-    if config.precision == "auto":
-        config.precision = "bf16" if device.type == "cuda" else "fp32"
-    os.makedirs(config.output, exist_ok=True)
-
-    clip, preprocess, tokenizer = load_model(config.model, device)
-    base_model = fingerprint(clip)
-    kinds = [kind for kind in TEXT_KEYS if any(kind in pair for pair in pairs)]
-    examples = Examples(read_rows(config.rows), kinds, tokenizer)
-    if any("I" in pair for pair in pairs):
-        directory = config.features or os.path.join(config.output, "features")
-        examples.use_features(*cache_image_features(clip, preprocess, examples.image_ids, config, directory))
-    steps = config.epochs * (len(examples) // config.batch_size)
-    if not steps:
-        raise InputError(f"--rows: {len(examples)} rows with an image are fewer than --batch-size {config.batch_size}")
-
-    record, record_path = describe(config, examples, base_model), os.path.join(config.output, "config.json")
-    check_same_run(record, record_path)
-    encoder = TextEncoder(clip, config.micro_batch, config.precision == "bf16")
-    optimizer = make_optimizer(encoder, config)
-    first_step = load_state(encoder, optimizer, config)
-    if dist.get_rank() == 0:
-        write_text(record_path, json.dumps(record, indent=1))
-        print_plan(config, clip, examples, steps, first_step, device)
-    train(encoder, optimizer, examples, pairs, steps, first_step, config)
-    if dist.get_rank() == 0:
-        export(clip, tokenizer, config)
-        print(f"done: {config.output} is an open_clip model, local-dir:{config.output}")
-    dist.destroy_process_group()
+    print(f"model       {config.model} ({':'.join(filter(None, resolve(config.model)))})\n"
+          f"loss        {' + '.join(config.loss)}\n"
+          f"rows        {len(examples):,} used of {len(examples.image):,}, {len(examples.image_ids):,} images\n"
+          f"batch       {config.batch_size:,} = {world} x {config.batch_size // world:,}, on {world} {device.type} rank(s)\n"
+          f"steps       {steps:,} ({config.epochs} epoch(s), last short batch dropped)"
+          f"{f', from step {first_step:,}' if first_step else ''}\n"
+          f"optimizer   AdamW, lr {config.lr:g} annealed to 0, betas {BETAS}, eps {EPS:g}, weight decay {config.weight_decay:g}\n"
+          f"parameters  {trained:,} trained, {frozen:,} frozen, {config.precision}", flush=True)
 
 
 def train(encoder, optimizer, examples, pairs, steps, first_step, config):
@@ -640,22 +637,23 @@ def train(encoder, optimizer, examples, pairs, steps, first_step, config):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parallel = DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     loader = DataLoader(examples, batch_size=None, sampler=list(batches(len(examples), config, first_step)),
-                        num_workers=config.workers, pin_memory=logit_scale.is_cuda)
+                        num_workers=config.workers, multiprocessing_context="fork" if config.workers else None)
     for step, (tokens, image_features) in enumerate(loader, first_step):
+        lr = config.lr * cosine(step, steps)
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * cosine(step, steps)
+            group["lr"] = lr
 
         terms = loss_terms(parallel, tokens, image_features, pairs)
         (world * sum(terms.values())).backward()  # DDP takes the mean of the ranks' gradients; their shares want the sum
 
-        shares = torch.stack(list(terms.values())).detach()
-        dist.all_reduce(shares)
+        values = torch.stack(list(terms.values())).detach()
+        dist.all_reduce(values)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if not torch.isfinite(shares.sum() + grad_norm):
-            raise InputError(f"step {step}: loss {shares.sum():.4g} with gradient norm {grad_norm:.4g} is not finite; "
+        entry = {"step": step, "loss": values.sum().item(), "terms": dict(zip(terms, values.tolist())), "lr": lr,
+                 "logit_scale": logit_scale.exp().item(), "grad_norm": grad_norm.item()}  # before the update
+        if not math.isfinite(entry["loss"] + entry["grad_norm"]):
+            raise InputError(f"step {step}: loss {entry['loss']:.4g} with gradient norm {entry['grad_norm']:.4g} is not finite; "
                              f"{config.output}/state.pt keeps the last state saved; a lower --lr may help")
-        entry = {"step": step, "loss": shares.sum().item(), "terms": dict(zip(terms, shares.tolist())),
-                 "lr": config.lr * cosine(step, steps), "logit_scale": logit_scale.exp().item(), "grad_norm": grad_norm.item()}
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -677,19 +675,40 @@ def train(encoder, optimizer, examples, pairs, steps, first_step, config):
                 save_state(encoder, optimizer, step + 1, config)
 
 
-def print_plan(config, clip, examples, steps, first_step, device):
-    """What is about to run, before step 0."""
-    trained = sum(p.numel() for p in clip.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in clip.parameters()) - trained
+def main():
+    config = parse_flags(Config, __doc__)
+    pairs = parse_loss(config.loss)
+    device = set_up_ranks()
     world = dist.get_world_size()
-    print(f"model       {config.model} ({':'.join(filter(None, resolve(config.model)))})\n"
-          f"loss        {' + '.join(config.loss)}\n"
-          f"rows        {len(examples):,} used of {len(examples.image):,}, {len(examples.image_ids):,} images\n"
-          f"batch       {config.batch_size:,} = {world} x {config.batch_size // world:,}, on {world} {device.type} rank(s)\n"
-          f"steps       {steps:,} ({config.epochs} epoch(s), last short batch dropped)"
-          f"{f', from step {first_step:,}' if first_step else ''}\n"
-          f"optimizer   AdamW, lr {config.lr:g} annealed to 0, betas {BETAS}, eps {EPS:g}, weight decay {config.weight_decay:g}\n"
-          f"parameters  {trained:,} trained, {frozen:,} frozen, {config.precision}", flush=True)
+    if config.batch_size % world:
+        raise InputError(f"--batch-size {config.batch_size} can't be divided among {world} ranks")
+    if config.precision == "auto":
+        config.precision = "bf16" if device.type == "cuda" else "fp32"
+    os.makedirs(config.output, exist_ok=True)
+
+    clip, preprocess, tokenizer = load_model(config.model, device)
+    base_model = fingerprint(clip)
+    kinds = [kind for kind in TEXT_KEYS if any(kind in pair for pair in pairs)]
+    examples = Examples(read_rows(config.rows), kinds, tokenizer)
+    if any("I" in pair for pair in pairs):
+        examples.use_features(*cache_image_features(clip, preprocess, examples.image_ids, config))
+    steps = config.epochs * (len(examples) // config.batch_size)
+    if not steps:
+        raise InputError(f"--rows: {len(examples)} rows with an image are fewer than --batch-size {config.batch_size}")
+
+    record, record_path = describe(config, examples, base_model), os.path.join(config.output, "config.json")
+    check_same_run(record, record_path)
+    encoder = TextEncoder(clip, config.micro_batch, config.precision == "bf16")
+    optimizer = make_optimizer(encoder, config)
+    first_step = load_state(encoder, optimizer, config)
+    if dist.get_rank() == 0:
+        write_text(record_path, json.dumps(record, indent=1))
+        print_plan(config, clip, examples, steps, first_step, device)
+    train(encoder, optimizer, examples, pairs, steps, first_step, config)
+    if dist.get_rank() == 0:
+        export(clip, tokenizer, config)
+        print(f"done: {config.output} is an open_clip model, local-dir:{config.output}")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

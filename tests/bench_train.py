@@ -94,19 +94,19 @@ def bench_step(flags):
         image_features = torch.cat([clip.encode_image(part, normalize=True) for part in images.split(256)])
 
     steps, rates, peaks, losses = ways(clip, tokens, images, image_features, flags.micro_batch), {}, {}, {}
-    for repeat in range(-1, 5):  # -1 warms up
+    for repeat in range(5):  # the medians leave out a first one that is slow
         for name, step in steps.items():
             peak_memory(device)
             done, started = 0, time.perf_counter()
-            while not done or time.perf_counter() - started < flags.seconds / 20 * (repeat >= 0):
+            while not done or time.perf_counter() - started < flags.seconds / 20:
                 loss = step()
                 loss.backward()
                 losses[name] = loss.item()  # waits for the GPU
                 clip.zero_grad()
                 done += 1
-            if repeat >= 0:
-                rates.setdefault(name, []).append(done * n / (time.perf_counter() - started))
-                peaks[name] = peak_memory(device)
+            rates.setdefault(name, []).append(done * n / (time.perf_counter() - started))
+            peaks[name] = peak_memory(device)
+        print(f"repeat {repeat + 1} of 5: " + ", ".join(f"{name[:3]} {rate[-1]:.2f}/s" for name, rate in rates.items()), flush=True)
     base = list(rates)[1]
     for name, rate in rates.items():
         ratios = sorted(one / other for one, other in zip(rate, rates[base]))
@@ -127,13 +127,13 @@ def bench_startup(count):
         for start in range(0, count, paraclip.SHARD):
             part = names[start : start + paraclip.SHARD]
             save_file({"features": torch.zeros(len(part), 8, dtype=torch.half)}, f"{folder}/features/{start:09}.safetensors",
-                      {"fingerprint": "x", "image_ids": json.dumps(part)})
+                      {"fingerprint": "x", "images": "", "image_ids": json.dumps(part)})
         del names, captions
         started = time.perf_counter()
         examples = paraclip.Examples(read_rows(f"{folder}/rows.jsonl"), ["T", "T1", "T2"], open_clip.get_tokenizer("ViT-B-32"))
         print(f"{count:,} rows: read and checked in {time.perf_counter() - started:.1f} s", end="")
         started = time.perf_counter()
-        examples.use_features(*paraclip.read_cache(f"{folder}/features", "x"))
+        examples.use_features(*paraclip.read_cache(sorted(map(str, Path(folder, "features").iterdir())), "x"))
         print(f", features found in {time.perf_counter() - started:.1f} s", end="")
         started = time.perf_counter()
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()

@@ -503,7 +503,7 @@ def test_figures_do_not_depend_on_batches_or_workers(data, models, tmp_path, mon
             yield from original(clip, torch.utils.data.Subset(images, block), workers, show=False)
 
     whole, original = figures(1), evaluate.encode_images
-    monkeypatch.setattr(evaluate, "BLOCK", 50)
+    monkeypatch.setattr(evaluate, "TEXTS_AT_ONCE", 50)
     monkeypatch.setattr(evaluate, "encode_images", by_five)
     assert figures(0) == whole
 
