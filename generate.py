@@ -93,13 +93,13 @@ def run(main):
         sys.exit(main())
     except (InputError, OSError) as error:
         if isinstance(error, OSError):
-            error = f"{error.filename or 'writing'}: {error.strerror or error}; what stood there stays"
+            error = f"{error.filename or 'writing'}: {error.strerror or error}; what is written stays, the same command goes on"
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # under torchrun rank 0 says it first, and the others are ended
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: what is finished is kept; generate.py and paraclip.py go on with the same command", file=sys.stderr)
+        print("stopped: what is finished is kept; the same command goes on (evaluate.py's begins anew)", file=sys.stderr)
         sys.exit(130)
 
 
@@ -172,8 +172,8 @@ def expand(patterns):
     paths = []
     for pattern in [patterns] if isinstance(patterns, (str, os.PathLike)) else patterns:
         pattern = os.fspath(pattern)
-        found = [path for path in glob.glob(pattern, recursive=True) if path == pattern or ".failed." not in os.path.basename(path)]
-        found = sorted(found) or [pattern]
+        found = sorted(glob.glob(pattern, recursive=True))
+        found = [path for path in found if path == pattern or ".failed." not in os.path.basename(path)] or [pattern]
         if not os.path.isfile(found[0]):
             raise InputError(f"{pattern}: no such file")
         paths += found
@@ -212,6 +212,7 @@ def read_rows(patterns):
 @contextlib.contextmanager
 def open_rows(path):
     """Open the output to append to it, locked against a second process; a line torn by a kill is cut off."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -699,10 +700,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's "&" had turned SIGINT off
         signal.signal(number, signal.default_int_handler)
     config = parse_flags(Config, __doc__)
-    try:
-        return export_chat(config) if config.export_chat else generate(config)
-    except OSError as error:
-        raise InputError(f"{error.filename or config.output}: {error.strerror}; rows are kept, the same command goes on") from None
+    return export_chat(config) if config.export_chat else generate(config)
 
 
 if __name__ == "__main__":

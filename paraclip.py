@@ -5,8 +5,8 @@
 One process, on a CPU or a GPU:
     python paraclip.py --rows rows.jsonl --images images/ --model openai --output runs/openai --batch-size 256
 The paper's run, 5M rows on 8 GPUs:
-    torchrun --standalone --nproc_per_node 8 paraclip.py --rows 'rows/*.jsonl' --images laion/ --model openai --output runs/openai
-The same command again goes on where a stopped run was. The output directory is an open_clip model: `local-dir:runs/openai`.
+    torchrun --standalone --nproc_per_node 8 paraclip.py --rows 'rows/*.jsonl' --images laion/ --output runs/openai
+The same command again goes on where a stopped run was. The output directory is an open_clip model, local-dir:runs/openai.
 """
 
 import argparse
@@ -76,8 +76,8 @@ class Config:
     epochs: int = flag(1, "Appendix A")
     lr: float = flag(5e-7, "peak learning rate, annealed to zero by a cosine: Appendix A")
     weight_decay: float = flag(0.001, "of AdamW, on weight matrices: Appendix A")
-    precision: str = flag("auto", "bf16 (autocast; weights and losses stay fp32) or fp32; auto is bf16 on a GPU; not stated; ours",
-                          choices=["auto", "bf16", "fp32"])
+    precision: str = flag("auto", "bf16 (autocast; weights and losses stay fp32) or fp32; auto is bf16 on a GPU; "
+                                  "not stated; ours", choices=["auto", "bf16", "fp32"])
     seed: int = flag(0, "of the order of the rows; not stated; ours")
     micro_batch: int = flag(0, "texts encoded at a time with exact cached gradients, to bound memory; 0 is all at once")
     features: str = flag("", "cache of image features, shared by all runs on one image tower (default: OUTPUT/features)")
@@ -93,7 +93,7 @@ class Config:
 
 BETAS, EPS = (0.9, 0.98), 1e-6  # not stated in the paper; open_clip's for ViT
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's
-FREE_FLAGS = {"rows", "images", "output", "features", "max_bad_images", "micro_batch", "save_every", "workers"}  # on resume
+FREE_FLAGS = {"rows", "images", "output", "features", "max_bad_images", "micro_batch", "save_every", "workers"}
 
 # ---------------------------------------------------------------- the ranks: torchrun's, or one plain process
 
@@ -147,7 +147,9 @@ def resolve(name):
         raise InputError(f"--model {name}: none of {', '.join(BASELINES)}, no open_clip model and no run directory")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if weights not in tags and weights != "random" and not os.path.isfile(weights):
-        hint = "download it from github.com/LijieFan/LaCLIP" if name == "laclip" else f"the tags of {model}: {', '.join(tags)}"
+        hint = f"the tags of {model}: {', '.join(tags)}"
+        if name == "laclip":
+            hint = "download it from github.com/LijieFan/LaCLIP"
         raise InputError(f'--model {name}: "{weights}" is neither a tag nor a file ({hint}; "random" for fresh weights)')
     return model, weights
 
@@ -178,7 +180,7 @@ def load_model(name, device="cpu"):
     tower = text_tower(clip)
     causal = getattr(clip, "text_pool_type", getattr(tower, "pool_type", "")) == "argmax" and tower.attn_mask is not None
     if not is_huggingface(tower) and (not causal or getattr(tower, "cls_emb", None) is not None):
-        raise InputError(f"--model {name}: its text tower is neither causal with the end token's feature nor Hugging Face's")
+        raise InputError(f"--model {name}: its text tower is neither causal, pooled at the end token, nor Hugging Face's")
     clip.visual.requires_grad_(False)  # lock_image_tower() leaves the head of a timm tower free
     preprocess = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
     return clip.to(device).eval(), preprocess, tokenizer
@@ -260,7 +262,7 @@ def tar_members(path):
     with tarfile.open(path) as tar:
         for member in tar:
             if not is_safe(member.name) or member.issym() or member.islnk():
-                raise InputError(f'{path}: member "{member.name}" points out of the archive; this is no img2dataset shard')
+                raise InputError(f'{path}: member "{member.name}" points out of the archive: no img2dataset shard')
             members[member.name.removeprefix("./")] = (member.offset_data, member.size)
     return members
 
@@ -288,7 +290,7 @@ def open_image(root, image_id):
 
 
 class Images(Dataset):
-    """Preprocessed images [3, H, W]. `open_item(item)` gives item i's PIL image; where it fails, the item is the exception."""
+    """Preprocessed images [3, H, W]; `open_item(item)` gives a PIL image. Where that fails, the item is the exception."""
 
     def __init__(self, items, open_item, preprocess):
         self.items, self.open_item, self.preprocess = items, open_item, preprocess
@@ -303,13 +305,13 @@ class Images(Dataset):
                 return self.preprocess(self.open_item(self.items[i]))
         except InputError as error:
             return error
-        except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
-            return OSError(" ".join(f"{type(error).__name__}: {error}".split()))  # one that can cross to another process
+        except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, ValueError and others
+            return OSError(" ".join(f"{type(error).__name__}: {error}".split()))  # one that crosses to another process
 
 
 @torch.no_grad()
 def encode_images(clip, images, workers, show=True):
-    """Yield for each of `images` (a dataset like Images), in order, its L2-normalised feature [D] on the CPU or its exception."""
+    """Yield for each of `images` (like Images), in order, its L2-normalised feature [D] on the CPU or its exception."""
     device = clip.logit_scale.device
     cuda = device.type == "cuda"
     loader = DataLoader(images, 64 if cuda else 16, num_workers=workers, collate_fn=stack_good,
@@ -364,15 +366,16 @@ def cache_image_features(clip, preprocess, image_ids, config):
             raise InputError(f"more than {config.max_bad_images:.2%} of the images can't be read (--max-bad-images): see "
                              f"{config.output}/unreadable.txt; the first: {' '.join(unreadable[0].split())}")
 
-    directory, rank, world = config.features or os.path.join(config.output, "features"), dist.get_rank(), dist.get_world_size()
+    directory = config.features or os.path.join(config.output, "features")
+    rank, world = dist.get_rank(), dist.get_world_size()
     os.makedirs(directory, exist_ok=True)
     files = [sorted(glob.glob(os.path.join(glob.escape(directory), "*.safetensors")))]
     dist.broadcast_object_list(files)  # rank 0's list: another run may be adding to the folder
     files, mark = files[0], fingerprint(clip.visual, clip.visual.preprocess_cfg)
-    missing = sorted(set(image_ids) - read_cache(files, mark, config.images)[1].keys())  # sorted: a shard's members together
+    missing = sorted(set(image_ids) - read_cache(files, mark, config.images)[1].keys())  # a tar's members together
     if missing and not os.path.isdir(config.images):
-        raise InputError(f"--images {config.images or 'is not given'}: no such folder, and {len(missing):,} images that the "
-                         "loss names have no feature yet")
+        raise InputError(f"--images {config.images or 'is not given'}: no such folder, and {len(missing):,} images have no "
+                         "feature yet, which the loss needs")
     shards = [missing[start : start + SHARD] for start in range(0, len(missing), SHARD)][rank::world]
     images = Images(list(itertools.chain(*shards)), functools.partial(open_image, config.images), preprocess)
     if clip.logit_scale.is_cuda:
@@ -392,7 +395,8 @@ def cache_image_features(clip, preprocess, image_ids, config):
             if found:
                 name = hashlib.sha256("\n".join(found).encode()).hexdigest()[:16] + ".safetensors"
                 written.append(os.path.join(directory, name))
-                header = {"fingerprint": mark, "images": os.path.realpath(config.images), "image_ids": json.dumps(list(found))}
+                header = {"fingerprint": mark, "images": os.path.realpath(config.images)}
+                header["image_ids"] = json.dumps(list(found))
                 with atomic_write(written[-1], "wb") as file:
                     file.write(save({"features": torch.stack(list(found.values()))}, header))
     torch.set_float32_matmul_precision("highest")
@@ -509,8 +513,9 @@ class Examples(Dataset):
         for place, kind in enumerate(self.kinds):
             at = rows * len(self.kinds) + place
             tokens[kind] = self.tokenizer([self.text[self.ends[i] : self.ends[i + 1]].decode() for i in at])
-        image_features = np.stack([self.features[i] for i in self.image[rows]]) if self.features else np.empty((len(rows), 0))
-        return tokens, torch.from_numpy(image_features)
+        if self.features is None:  # no term names I
+            return tokens, torch.empty(len(rows), 0)
+        return tokens, torch.from_numpy(np.stack([self.features[i] for i in self.image[rows]]))
 
 
 def batches(count, config, first_step):
@@ -564,7 +569,7 @@ def load_state(encoder, optimizer, config):
         step = state["step"]
     dist.all_gather_object(steps, step)
     if len(set(steps)) > 1:
-        raise InputError(f"--output {config.output}: not the same folder on all machines (their states are of steps {steps})")
+        raise InputError(f"--output {config.output}: not the same folder on all machines (states of steps {steps})")
     if dist.get_rank() == 0:
         for part in glob.glob(glob.escape(config.output) + "/*.part*"):  # of a save that was killed
             os.remove(part)
@@ -582,7 +587,8 @@ def check_same_run(record, path):
         before = json.load(file)
     differ = [f"--{key.replace('_', '-')} (was {before['flags'].get(key)!r}, is {value!r})"
               for key, value in record["flags"].items() if key not in FREE_FLAGS and before["flags"].get(key) != value]
-    differ += [f"{key} (was {before[key]}, is {record[key]})" for key in ("rows", "base_model") if before[key] != record[key]]
+    differ += [f"{key} (was {before[key]}, is {record[key]})"
+               for key in ("rows", "base_model") if before[key] != record[key]]
     if differ:
         raise InputError(f"{os.path.dirname(path)} is a run that began otherwise: {', '.join(differ)}; give what it had, "
                          "or another --output")
@@ -623,10 +629,11 @@ def print_plan(config, clip, examples, steps, first_step, device):
     print(f"model       {config.model} ({':'.join(filter(None, resolve(config.model)))})\n"
           f"loss        {' + '.join(config.loss)}\n"
           f"rows        {len(examples):,} used of {len(examples.image):,}, {len(examples.image_ids):,} images\n"
-          f"batch       {config.batch_size:,} = {world} x {config.batch_size // world:,}, on {world} {device.type} rank(s)\n"
+          f"batch       {config.batch_size:,} = {world} x {config.batch_size // world:,}, {world} {device.type} rank(s)\n"
           f"steps       {steps:,} ({config.epochs} epoch(s), last short batch dropped)"
           f"{f', from step {first_step:,}' if first_step else ''}\n"
-          f"optimizer   AdamW, lr {config.lr:g} annealed to 0, betas {BETAS}, eps {EPS:g}, weight decay {config.weight_decay:g}\n"
+          f"optimizer   AdamW, lr {config.lr:g} annealed to 0, betas {BETAS}, eps {EPS:g}, "
+          f"weight decay {config.weight_decay:g}\n"
           f"parameters  {trained:,} trained, {frozen:,} frozen, {config.precision}", flush=True)
 
 
@@ -652,8 +659,8 @@ def train(encoder, optimizer, examples, pairs, steps, first_step, config):
         entry = {"step": step, "loss": values.sum().item(), "terms": dict(zip(terms, values.tolist())), "lr": lr,
                  "logit_scale": logit_scale.exp().item(), "grad_norm": grad_norm.item()}  # before the update
         if not math.isfinite(entry["loss"] + entry["grad_norm"]):
-            raise InputError(f"step {step}: loss {entry['loss']:.4g} with gradient norm {entry['grad_norm']:.4g} is not finite; "
-                             f"{config.output}/state.pt keeps the last state saved; a lower --lr may help")
+            raise InputError(f"step {step}: loss {entry['loss']:.4g} with gradient norm {entry['grad_norm']:.4g} is not "
+                             f"finite; {config.output}/state.pt keeps the last state saved; a lower --lr may help")
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -667,10 +674,10 @@ def train(encoder, optimizer, examples, pairs, steps, first_step, config):
                 log.write(json.dumps(entry) + "\n")
             if now - spoken > 10 or step + 1 == steps:
                 spoken = now
-                print(f"step {step:,} of {steps:,}  loss {entry['loss']:.4f}  ("
-                      + "  ".join(f"{name} {value:.4f}" for name, value in entry["terms"].items())
-                      + f")  {entry['examples_per_s']:,.0f} examples/s  {datetime.timedelta(seconds=round(entry['eta_s']))} left",
-                      flush=True)
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in entry["terms"].items())
+                left = datetime.timedelta(seconds=round(entry["eta_s"]))
+                print(f"step {step:,} of {steps:,}  loss {entry['loss']:.4f}  ({shown})  "
+                      f"{entry['examples_per_s']:,.0f} examples/s  {left} left", flush=True)
             if (step + 1) % config.save_every == 0 or step + 1 == steps:
                 save_state(encoder, optimizer, step + 1, config)
 

@@ -9,6 +9,7 @@ the loop; (b) the same with stored image features; (c) paraclip.py's step; (d) t
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -37,14 +38,21 @@ def random_captions(count, rng):
     return [" ".join(rng.choice(words, length)) for length in lengths]
 
 
-def peak_memory(device):
-    """Bytes at the peak since the last call, and the peak's reset."""
+def reset_peak(device):
+    """Free what can be freed, forget the peak, and return the bytes that are left."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        return peak
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
+
+
+def peak_memory(device):
+    """Bytes at the peak since reset_peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
@@ -94,10 +102,10 @@ def bench_step(flags):
         image_features = torch.cat([clip.encode_image(part, normalize=True) for part in images.split(256)])
 
     steps, rates, peaks, losses = ways(clip, tokens, images, image_features, flags.micro_batch), {}, {}, {}
+    steps = {name: step for name, step in steps.items() if name[1] in flags.ways}
     for repeat in range(5):  # the medians leave out a first one that is slow
         for name, step in steps.items():
-            peak_memory(device)
-            done, started = 0, time.perf_counter()
+            before, done, started = reset_peak(device), 0, time.perf_counter()
             while not done or time.perf_counter() - started < flags.seconds / 20:
                 loss = step()
                 loss.backward()
@@ -105,13 +113,13 @@ def bench_step(flags):
                 clip.zero_grad()
                 done += 1
             rates.setdefault(name, []).append(done * n / (time.perf_counter() - started))
-            peaks[name] = peak_memory(device)
+            peaks[name] = peak_memory(device) - before
         print(f"repeat {repeat + 1} of 5: " + ", ".join(f"{name[:3]} {rate[-1]:.2f}/s" for name, rate in rates.items()), flush=True)
-    base = list(rates)[1]
+    base = list(rates)[min(1, len(rates) - 1)]
     for name, rate in rates.items():
         ratios = sorted(one / other for one, other in zip(rate, rates[base]))
-        print(f"{name:42} {statistics.median(rate):10.1f} examples/s  {statistics.median(ratios):5.2f} x (b) "
-              f"[{ratios[0]:.2f} .. {ratios[-1]:.2f}]  peak {peaks[name] / 2**30:6.2f} GiB  loss {losses[name]:.6f}")
+        print(f"{name:42} {statistics.median(rate):10.1f} examples/s  {statistics.median(ratios):5.2f} x {base[:3]} "
+              f"[{ratios[0]:.2f} .. {ratios[-1]:.2f}]  a step takes {peaks[name] / 2**30:6.2f} GiB  loss {losses[name]:.6f}")
 
 
 def bench_startup(count):
@@ -150,6 +158,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--micro-batch", type=int, default=36)
     parser.add_argument("--seconds", type=float, default=60, help="in all, at least; every way does one step a repeat")
+    parser.add_argument("--ways", default="abcd", help="which of the four to time (default: abcd)")
     parser.add_argument("--captions", default="", help="a caption a line (default: random ones of the web's lengths)")
     parser.add_argument("--startup-rows", type=int, default=0, help="measure this instead, on so many synthetic rows")
     flags = parser.parse_args()

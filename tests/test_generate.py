@@ -72,6 +72,13 @@ def tar(members):
 # ---------------------------------------------------------------- the method
 
 
+def test_the_outputs_folder_is_made(tmp_path):
+    captions, flag, _ = write_captions(tmp_path, 3)
+    with Server() as server:
+        run(captions, flag, "new/rows.jsonl", server=server, cwd=tmp_path)
+    assert len(lines(tmp_path / "new" / "rows.jsonl")) == 3
+
+
 def test_two_steps_with_the_papers_prompts_and_parameters(tmp_path):
     """Section 2.1 and Appendix A, as they go over the wire."""
     assert PROMPTS == (
