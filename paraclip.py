@@ -93,10 +93,10 @@ class Config:
 
 BETAS, EPS = (0.9, 0.98), 1e-6  # not stated in the paper; open_clip's for ViT
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's
+# What may differ when a run is gone on with, since it does not change the result:
 FREE_FLAGS = {"rows", "images", "output", "features", "max_bad_images", "micro_batch", "save_every", "workers"}
 
 # ---------------------------------------------------------------- the ranks: torchrun's, or one plain process
-
 
 TIMEOUT = datetime.timedelta(hours=12)  # of one rank waiting for another, which may have more images to encode
 
@@ -456,7 +456,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # not ours to change in place
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
