@@ -380,7 +380,7 @@ def test_a_rate_limit_fails_no_row(tmp_path):
         return reword(request)
 
     with Server(answer) as server:
-        run(*write_captions(tmp_path, 30), "--max-retries", 4, "--concurrency", 16, server=server, jitter=0.1, cwd=tmp_path)
+        run(*write_captions(tmp_path, 30), "--max-retries", 2, "--concurrency", 16, server=server, jitter=0.1, cwd=tmp_path)
     assert server.count > 60
     assert len(lines(tmp_path / "rows.jsonl")) == 30
 
