@@ -2,7 +2,7 @@
 
     python tests/bench_train.py --batch-size 96 --seconds 60                          # ViT-B-32 on this CPU
     python tests/bench_train.py --device cuda --batch-size 3072 --micro-batch 1024     # on a GPU
-    python tests/bench_train.py --startup-rows 5000000                                 # what resuming the paper's run costs
+    python tests/bench_train.py --profile                                              # where a step's time goes
 
 Four ways, in turn, five times over: (a) open_clip's: encode_text at 77 tokens for each text, ClipLoss, the image tower in
 the loop; (b) the same with stored image features; (c) paraclip.py's step; (d) the same with --micro-batch.
@@ -10,23 +10,20 @@ the loop; (b) the same with stored image features; (c) paraclip.py's step; (d) t
 
 import argparse
 import ctypes
-import json
 import os
+import re
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import paraclip
-from generate import read_rows
 
 PAIRS = [("I", "T2"), ("T", "T1"), ("T1", "T2")]
 
@@ -48,12 +45,35 @@ def reset_peak(device):
     return peak_memory(device)
 
 
-def peak_memory(device):
+def peak_memory(device, process="self"):
     """Bytes at the peak since reset_peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
+
+
+def text_flops(clip, tokens):
+    """Floating-point operations of the text tower's forward over texts [n, 77], padding left out."""
+    lengths = paraclip.TextEncoder(clip).lengths(tokens).double()
+    tower = paraclip.text_tower(clip)
+    layers, width = len(tower.transformer.resblocks), tower.positional_embedding.shape[-1]
+    return layers * (24 * width**2 * lengths + 4 * width * lengths**2).sum().item()
+
+
+def print_profile(step, device):
+    """The kinds of operations that take most of one step, and how much of it is matrix products."""
+    cuda = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    step().backward()
+    with torch.profiler.profile(activities=activities) as profile:
+        step().backward()
+    times = {op.key: op.self_device_time_total if cuda else op.self_cpu_time_total for op in profile.key_averages()}
+    total = sum(times.values())
+    for name, spent in sorted(times.items(), key=lambda item: -item[1])[:12]:
+        print(f"{spent / total:6.1%}  {spent / 1e3:10.1f} ms  {name}")
+    matmul = sum(spent for name, spent in times.items() if re.search(r"mm$|gemm|nvjet|attention|flash|fmha", name))
+    print(f"{matmul / total:6.1%}  {matmul / 1e3:10.1f} ms  of {total / 1e3:.1f}: matrix products and attention")
 
 
 def ways(clip, tokens, images, image_features, micro_batch):
@@ -102,6 +122,8 @@ def bench_step(flags):
         image_features = torch.cat([clip.encode_image(part, normalize=True) for part in images.split(256)])
 
     steps, rates, peaks, losses = ways(clip, tokens, images, image_features, flags.micro_batch), {}, {}, {}
+    if flags.profile:
+        return print_profile(steps["(c) paraclip.py"], device)
     steps = {name: step for name, step in steps.items() if name[1] in flags.ways}
     for repeat in range(5):  # the medians leave out a first one that is slow
         for name, step in steps.items():
@@ -122,35 +144,6 @@ def bench_step(flags):
               f"[{ratios[0]:.2f} .. {ratios[-1]:.2f}]  a step takes {peaks[name] / 2**30:6.2f} GiB  loss {losses[name]:.6f}")
 
 
-def bench_startup(count):
-    """Rows and a feature cache on disk, then what a rank does before its first step."""
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        captions, names = random_captions(10_000, rng), [f"{i // 10_000:05}/{i:09}" for i in range(count)]
-        with open(f"{folder}/rows.jsonl", "w") as file:
-            for i, name in enumerate(names):
-                texts = {key: captions[(i * 7 + k * 13) % 10_000] for k, key in enumerate(("caption", "paraphrase_1", "paraphrase_2"))}
-                file.write(json.dumps({"image_id": name, **texts}) + "\n")
-        os.mkdir(f"{folder}/features")
-        for start in range(0, count, paraclip.SHARD):
-            part = names[start : start + paraclip.SHARD]
-            save_file({"features": torch.zeros(len(part), 8, dtype=torch.half)}, f"{folder}/features/{start:09}.safetensors",
-                      {"fingerprint": "x", "images": "", "image_ids": json.dumps(part)})
-        del names, captions
-        started = time.perf_counter()
-        examples = paraclip.Examples(read_rows(f"{folder}/rows.jsonl"), ["T", "T1", "T2"], open_clip.get_tokenizer("ViT-B-32"))
-        print(f"{count:,} rows: read and checked in {time.perf_counter() - started:.1f} s", end="")
-        started = time.perf_counter()
-        examples.use_features(*paraclip.read_cache(sorted(map(str, Path(folder, "features").iterdir())), "x"))
-        print(f", features found in {time.perf_counter() - started:.1f} s", end="")
-        started = time.perf_counter()
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
-        print(f", shuffled in {time.perf_counter() - started:.1f} s; peak {peak_memory(torch.device('cpu')) / 2**30:.2f} GiB")
-        started = time.perf_counter()
-        examples[order[:3072]]
-        print(f"a batch of 3,072 tokenised and its features gathered in {time.perf_counter() - started:.2f} s by one worker")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -160,12 +153,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=60, help="in all, at least; every way does one step a repeat")
     parser.add_argument("--ways", default="abcd", help="which of the four to time (default: abcd)")
     parser.add_argument("--captions", default="", help="a caption a line (default: random ones of the web's lengths)")
-    parser.add_argument("--startup-rows", type=int, default=0, help="measure this instead, on so many synthetic rows")
-    flags = parser.parse_args()
-    if flags.startup_rows:
-        bench_startup(flags.startup_rows)
-    else:
-        bench_step(flags)
+    parser.add_argument("--profile", action="store_true", help="profile one step of (c) instead")
+    bench_step(parser.parse_args())
 
 
 if __name__ == "__main__":
