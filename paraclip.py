@@ -62,6 +62,8 @@ from generate import (
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # this rank's
+# On an H100, cuDNN's attention with a mask can give NaN gradients (pytorch#196678), and builds a plan for each new shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass
@@ -98,7 +100,7 @@ FREE_FLAGS = {"rows", "images", "output", "features", "max_bad_images", "micro_b
 
 # ---------------------------------------------------------------- the ranks: torchrun's, or one plain process
 
-TIMEOUT = datetime.timedelta(hours=12)  # of one rank waiting for another, which may have more images to encode
+PATIENCE = datetime.timedelta(hours=12)  # of one rank waiting for another, which may have more images to encode
 
 
 def set_up_ranks():
@@ -109,11 +111,11 @@ def set_up_ranks():
         torch.cuda.set_device(device)
     store, rank, world, bound = dist.HashStore(), 0, 1, {"device_id": device} if cuda else {}
     if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # on several machines the counts of restarts differ
             # torchrun keeps its store when it restarts: without a name space of its own a rank may read a dead one's address.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, world_size=world, rank=rank, store=store, **bound)
+    dist.init_process_group("nccl" if cuda else "gloo", world_size=world, rank=rank, store=store, **bound)
     return device
 
 
@@ -218,15 +220,19 @@ class TextEncoder(torch.nn.Module):
     def forward(self, tokens):
         """tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and the logit scale (a factor, not its log).
 
-        Sorted by length, encoded in chunks, each cut to its longest text. With micro_batch=N the chunks have N texts and
-        keep their features alone; backward encodes them again, one at a time (GradCache's trick: gradients are exact).
+        Sorted by length, encoded in chunks, each cut to its longest text: the shorter half, half of the rest, ... (few
+        chunks, little padding). With micro_batch=N the chunks have N texts and keep their features alone; backward
+        encodes them again, one at a time (GradCache's trick: gradients are exact).
         """
-        lengths = self.lengths(tokens)
-        order = lengths.argsort()
-        chunks = order.split(self.micro_batch or math.ceil(len(tokens) / 8))
+        lengths, order = self.lengths(tokens).sort()
+        n, device = len(tokens), self.clip.logit_scale.device
+        ends = [n - (n >> i) for i in range(1, 6)]
+        if self.micro_batch:
+            ends = list(range(self.micro_batch, n, self.micro_batch))
+        chunks = zip(tokens[order].to(device).tensor_split(ends), lengths.tensor_split(ends))
         encode = functools.partial(checkpoint, self.encode, use_reentrant=False) if self.micro_batch else self.encode
-        text_features = torch.cat([encode(tokens[chunk, : lengths[chunk[-1]]]) for chunk in chunks])
-        return text_features[order.argsort().to(text_features.device)], self.clip.logit_scale.exp()
+        text_features = torch.cat([encode(chunk[:, : longest[-1]]) for chunk, longest in chunks if len(chunk)])
+        return text_features[order.argsort().to(device)], self.clip.logit_scale.exp()
 
     def lengths(self, tokens):
         """Tokens of each text that can reach its feature: up to the end token (causal), or all but padding (RoBERTa)."""
@@ -243,10 +249,9 @@ class TextEncoder(torch.nn.Module):
             prefix = "" if tower is self.clip else "text."
             cut[prefix + "positional_embedding"] = tower.positional_embedding[:length]
             cut[prefix + "attn_mask"] = tower.attn_mask[:length, :length]
-        logit_scale = self.clip.logit_scale
-        with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):
-            text_features = functional_call(self.clip, cut, kwargs={"text": tokens.to(logit_scale.device)})[1]
-        return F.normalize(text_features.to(logit_scale.dtype), dim=-1)  # once more: bf16 has normalised coarsely
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            text_features = functional_call(self.clip, cut, kwargs={"text": tokens}, tie_weights=False)[1]
+        return F.normalize(text_features.to(self.clip.logit_scale), dim=-1)  # once more: bf16 has normalised coarsely
 
 
 # ---------------------------------------------------------------- image side: features of a frozen tower, computed once
@@ -367,7 +372,7 @@ def cache_image_features(clip, preprocess, image_ids, config):
                              f"{config.output}/unreadable.txt; the first: {' '.join(unreadable[0].split())}")
 
     directory = config.features or os.path.join(config.output, "features")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world, patient = dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=PATIENCE)
     os.makedirs(directory, exist_ok=True)
     files = [sorted(glob.glob(os.path.join(glob.escape(directory), "*.safetensors")))]
     dist.broadcast_object_list(files)  # rank 0's list: another run may be adding to the folder
@@ -401,7 +406,7 @@ def cache_image_features(clip, preprocess, image_ids, config):
                     file.write(save({"features": torch.stack(list(found.values()))}, header))
     torch.set_float32_matmul_precision("highest")
     everyones = [None] * world
-    dist.all_gather_object(everyones, (unreadable, written))
+    dist.all_gather_object(everyones, (unreadable, written), group=patient)
     if rank == 0:
         check(list(itertools.chain(*(lines for lines, _ in everyones))))
     dist.barrier()

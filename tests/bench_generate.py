@@ -69,8 +69,8 @@ def measure(title, server, folder, commands, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="captions of the job (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=15, help="of each measurement (default: %(default)s)")
     flags = parser.parse_args()
     server = subprocess.Popen([sys.executable, HERE / "openai_server.py", "--port", str(PORT), "--delay", "0.2"])
     try:

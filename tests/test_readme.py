@@ -47,7 +47,7 @@ def test_the_eight_losses_of_table_2():
     assert {loss for model, loss in evaluate.PAPER if model == "openai" and loss} == set(losses)
 
 
-@pytest.mark.parametrize("script", ["generate.py", "paraclip.py", "evaluate.py", "tests/demo.py", "tests/bench_train.py"])
+@pytest.mark.parametrize("script", ["generate.py", "paraclip.py", "evaluate.py", "tests/demo.py", "tests/bench_generate.py"])
 def test_help(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
     assert "default" in done.stdout and not done.stderr
@@ -69,3 +69,16 @@ def test_the_demo_runs_small(tmp_path):
         assert re.search(rf"\| {name} +(\| +\d+\.\d +){{8}}\|", done.stdout), done.stdout
     assert (tmp_path / "demo" / "figure3.png").stat().st_size > 10_000
     assert "Warning" not in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command, says", [
+    ("bench_train.py --batch-size 4 --micro-batch 2 --seconds 0", r"\(c\) paraclip.py +\d+\.\d examples/s +\d+\.\d\d x \(b\)"),
+    ("bench_train.py --batch-size 4 --profile", r"matrix products"),
+    ("bench_epoch.py --rows 32 --batch-size 4 --steps 4 --workers 1 --ranks 2", r"steps 1 to 3: \S+ examples/s in all"),
+    ("bench_encode.py --count 4 --workers 1", r"evaluate.py, images +\d+\.\d images/s .* apart by \d\.\de-0[6-9]"),
+])
+def test_the_benches_run(world, command, says):
+    script, *flags = command.split()
+    done = subprocess.run([sys.executable, ROOT / "tests" / script, "--model", f"local-dir:{world}/clip", *flags], check=False,
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and re.search(says, done.stdout), done.stdout + done.stderr
