@@ -7,8 +7,8 @@
     python generate.py 'laion/*.tar' --output rows.jsonl --model NAME --endpoint http://localhost:8000/v1
     python generate.py rows.jsonl --export-chat train.jsonl                   # to instruction-tune LLaMA, section 3
 
-Captions come from .txt (a caption a line), .tsv (filepath, title), .jsonl (image_id, caption), .tar (img2dataset's
-shards) or standard input (-). Whatever stops a job (Ctrl-C, kill -9, a full disk), the same command goes on with it.
+Captions come from .txt (one a line), .tsv (filepath, title), .jsonl (image_id, caption), .tar (img2dataset's
+shards) or standard input (-). Whatever stops a job (Ctrl-C, kill -9, a full disk), the same command resumes it.
 Exit code: 0, every row is written; 1, some rows failed; 2, an error that you must mend; 130, stopped by Ctrl-C.
 """
 
@@ -77,7 +77,7 @@ def parse_flags(config, doc, argv=None):
             options["action"] = argparse.BooleanOptionalAction
         elif not isinstance(default, (str, list)):
             options["type"] = type(default)
-        if default not in ("", [], False):
+        if default not in ("", []) and default is not False:
             shown = " ".join(default) if isinstance(default, list) else default
             options["help"] += f" (default: {shown})".replace("%", "%%")
         if options.pop("positional", False):
@@ -87,19 +87,23 @@ def parse_flags(config, doc, argv=None):
     return config(**vars(parser.parse_args(argv)))
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def run(main):
     """Call main() and exit with its code; with 2 and one line on stderr for what the user must mend, 130 for Ctrl-C."""
     try:
         sys.exit(main())
     except (InputError, OSError) as error:
         if isinstance(error, OSError):
-            error = f"{error.filename or 'writing'}: {error.strerror or error}; what is written stays, the same command goes on"
+            advice = "; make room: what is written stays, and the same command resumes" if error.errno in DISK_FULL else ""
+            error = f"{error.filename or 'writing'}: {error.strerror or error}{advice}"
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # under torchrun rank 0 says it first, and the others are ended
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: what is finished is kept; the same command goes on (evaluate.py's begins anew)", file=sys.stderr)
+        print("stopped: what is written is kept; run the same command again", file=sys.stderr)
         sys.exit(130)
 
 
@@ -121,7 +125,7 @@ def atomic_write(path, mode="w"):
             os.remove(part)
 
 
-# ---------------------------------------------------------------- every flag; "ours": the paper does not say
+# ---------------------------------------------------------------- every flag
 
 
 @dataclasses.dataclass
@@ -130,19 +134,19 @@ class Config:
     output: str = flag("", "the rows; captions that fail go to ROWS.failed.jsonl beside it", metavar="ROWS.jsonl")
     ids: str = flag("", "the image_ids of one .txt, a line each (default: its line numbers)", metavar="FILE")
     endpoint: str = flag("", "an OpenAI-compatible server (default: $OPENAI_BASE_URL, else OpenAI's)", metavar="URL")
-    model: str = flag("gpt-3.5-turbo", "Appendix A: gpt-35-turbo-0301, which OpenAI no longer serves", metavar="NAME")
-    temperature: float = flag(1.0, "Appendix A")
-    top_p: float = flag(0.1, "Appendix A")
-    max_tokens: int = flag(512, "of an answer: the authors' script")
+    model: str = flag("gpt-3.5-turbo", "LLM to ask; the paper's gpt-35-turbo-0301 is no longer served", metavar="NAME")
+    temperature: float = flag(1.0, "of the LLM's sampling: Appendix A")
+    top_p: float = flag(0.1, "of the LLM's sampling: Appendix A")
+    max_tokens: int = flag(512, "longest answer: the authors' script")
     min_words: int = flag(2, "captions with fewer words are left out: the authors' script")
     max_words: int = flag(15, "captions with more words are left out: the authors' script")
-    limit: int = flag(0, "take the first N captions only (section 3: 300000 for ChatGPT)", metavar="N")
+    limit: int = flag(0, "take the first N kept captions only, 0 is all (section 3: 300000 for ChatGPT)", metavar="N")
     shard: str = flag("0/1", "take every n-th caption, from the i-th on (i = 0 ... n-1), for n machines", metavar="i/n")
     retry_failed: bool = flag(False, "take up the captions that failed before, and no others")
-    concurrency: int = flag(64, "calls in flight at once; ours", metavar="N")
-    requests_per_minute: float = flag(0.0, "at most; ours (default: no limit)", metavar="N")
-    max_retries: int = flag(10, "of a call, when the server or the network failed it; ours", metavar="N")
-    timeout: float = flag(60.0, "how long a server may be silent; ours", metavar="SECONDS")
+    concurrency: int = flag(64, "calls in flight at once", metavar="N")
+    requests_per_minute: float = flag(0.0, "send no more calls than this, 0 is no limit", metavar="N")
+    max_retries: int = flag(10, "send a call again up to N times when the server or the network failed it", metavar="N")
+    timeout: float = flag(60.0, "how long a server may be silent", metavar="SECONDS")
     price_in: float = flag(0.0, "of a million tokens sent; shows the cost", metavar="USD")
     price_out: float = flag(0.0, "of a million tokens answered; shows the cost", metavar="USD")
     export_chat: str = flag("", "write the rows in CAPTIONS as chat pairs to this file, and stop", metavar="FILE")
@@ -151,7 +155,8 @@ class Config:
         if bool(self.output) == bool(self.export_chat):
             raise InputError("give --output ROWS.jsonl (or else --export-chat FILE); see --help")
         for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and not value >= (name in ("concurrency", "timeout", "max_tokens")):
+            least = 1 if name in ("concurrency", "timeout", "max_tokens") else 0
+            if isinstance(value, (int, float)) and not value >= least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: too small")
         self.part, self.parts = map(int, self.shard.split("/")) if re.fullmatch(r"\d+/\d+", self.shard) else (0, 0)
         if not self.part < self.parts:
@@ -409,8 +414,9 @@ def plan(config, paths, known, failed):
 
 # ---------------------------------------------------------------- the model's answers
 
-LABEL = re.compile(  # as in "Paraphrase:" or "**Paraphrased caption:**"
-    r"^[*_\s]*(?:(?:here(?: is|'s) )?(?:the|a|one) )?paraphrased?(?: (?:caption|text|version))?[*_\s]*:[*_\s]*",
+LABEL = re.compile(  # as in "**Paraphrased caption:**" or "Sure! Here is a concise paraphrase of the text:"
+    r"^[*_\s]*(?:(?:sure|certainly|of course|okay)[,!.]* )?(?:here(?: is|['’]s) (?:[\w-]+ ){0,3}|(?:the|a|one) )?paraphrased?"
+    r"(?: (?:caption|text|version))?(?: of [^:\n]{1,40})?[*_\s]*:[*_\s]*",
     re.IGNORECASE)
 QUOTED = re.compile(r""""([^"]*)"|“([^“”]*)”|«([^«»]*)»|`([^`]*)`|['‘]((?:[^'‘’]|(?<=\w)['’](?=\w))*)['’]""")
 REFUSAL = re.compile(
@@ -464,6 +470,12 @@ class Stopped(Exception):
     """The job is being stopped: this caption is left for the next run."""
 
 
+class Caption(threading.local):
+    """What a worker is at."""
+
+    attempts = 0  # calls made for it
+
+
 class Endpoint:
     """An OpenAI-compatible server, shared by all workers: its connections, the gate before it, the counts."""
 
@@ -487,7 +499,7 @@ class Endpoint:
         self.session.trust_env = False
         self.interval = 60 / config.requests_per_minute if config.requests_per_minute else 0
         self.opens_at = self.next_turn = 0.0  # seconds of time.monotonic()
-        self.lock, self.stop, self.mine = threading.Lock(), threading.Event(), threading.local()
+        self.lock, self.stop, self.caption = threading.Lock(), threading.Event(), Caption()
         self.answered, self.tokens_in, self.tokens_out, self.trouble = 0, 0, 0, ""
 
     def sleep(self, seconds):
@@ -522,14 +534,15 @@ class Endpoint:
         tries, answered = 0, self.answered
         while True:
             self.wait_turn()
-            self.mine.attempts += 1
-            status, pause = 0, None
+            self.caption.attempts += 1
+            status, pause, reached = 0, None, True
             try:
                 reply = self.session.post(self.url, body, timeout=self.config.timeout, **self.settings)
                 status, said = reply.status_code, reply.content.decode("utf-8", "replace")
                 pause = retry_after(reply.headers.get("Retry-After"))
             except requests.RequestException as error:
                 said = str(error).rpartition(": ")[2].strip("'\")")
+                reached = "Failed to" not in str(error)  # urllib3's "... resolve" and "... establish a new connection"
             if len(self.key) >= 8:  # a shorter one is no secret, and may be a word
                 said = said.replace(self.key, "[key]")
             if status == 200:
@@ -546,6 +559,8 @@ class Endpoint:
             tries = 0 if status == 429 and self.answered > answered else tries + 1
             answered = self.answered
             if tries > self.config.max_retries:
+                if not (reached or self.answered):
+                    raise InputError(f"{self.url}: {reason}, {tries} times: is the server there, and --endpoint right?")
                 raise RowFailed(f"{reason}, {tries} times")
             self.trouble = reason
             delay = pause or random.uniform(0, min(60, 2**tries))  # full jitter
@@ -612,12 +627,12 @@ def work(config, endpoint, captions, rows, failures, bar):
                     row = next(captions, None)
                 if row is None:
                     return
-                endpoint.mine.attempts, file = 0, rows
+                endpoint.caption.attempts, file = 0, rows
                 try:
                     row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
                 except RowFailed as failure:
                     endpoint.trouble, file = str(failure), failures
-                    row.update(reason=str(failure), attempts=endpoint.mine.attempts)
+                    row.update(reason=str(failure), attempts=endpoint.caption.attempts)
                 with writing:
                     append(file, row)
                     count[file] += 1

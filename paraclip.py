@@ -6,7 +6,8 @@ One process, on a CPU or a GPU:
     python paraclip.py --rows rows.jsonl --images images/ --model openai --output runs/openai --batch-size 256
 The paper's run, 5M rows on 8 GPUs:
     torchrun --standalone --nproc_per_node 8 paraclip.py --rows 'rows/*.jsonl' --images laion/ --output runs/openai
-The same command again goes on where a stopped run was. The output directory is an open_clip model, local-dir:runs/openai.
+The same command resumes a stopped run. The output directory is an open_clip model, local-dir:runs/openai.
+Of the flags, "Appendix A" gives the paper's value; "ours" marks a choice where the paper is silent.
 """
 
 import argparse
@@ -72,30 +73,31 @@ class Config:
     images: str = flag("", "folder of images or of img2dataset .tar shards; image_id is the path below it")
     model: str = flag("openai", "openai, openclip-400m, openclip-2b, openclip-roberta, laclip (section 3.1); "
                                 "MODEL:TAG, MODEL:FILE or MODEL:random of open_clip; local-dir:DIR or a run directory")
-    output: str = flag("", "run directory; one that stands already is gone on with", required=True)
+    output: str = flag("", "run directory; a run that is there is resumed", required=True)
     loss: Sequence[str] = flag(["I:T2", "T:T1", "T1:T2"], "InfoNCE terms, pairs of I T T1 T2: section 2.2 and Table 2")
     batch_size: int = flag(3072, "examples a step over all ranks: Appendix A")
-    epochs: int = flag(1, "Appendix A")
+    epochs: int = flag(1, "passes over the rows: Appendix A")
     lr: float = flag(5e-7, "peak learning rate, annealed to zero by a cosine: Appendix A")
     weight_decay: float = flag(0.001, "of AdamW, on weight matrices: Appendix A")
-    precision: str = flag("auto", "bf16 (autocast; weights and losses stay fp32) or fp32; auto is bf16 on a GPU; "
-                                  "not stated; ours", choices=["auto", "bf16", "fp32"])
-    seed: int = flag(0, "of the order of the rows; not stated; ours")
+    precision: str = flag("auto", "bf16 (autocast; weights and losses stay fp32) or fp32; auto is bf16 on a GPU: "
+                                  "ours", choices=["auto", "bf16", "fp32"])
+    seed: int = flag(0, "of the order of the rows: ours")
     micro_batch: int = flag(0, "texts encoded at a time with exact cached gradients, to bound memory; 0 is all at once")
     features: str = flag("", "cache of image features, shared by all runs on one image tower (default: OUTPUT/features)")
-    max_bad_images: float = flag(0.01, "stop where a larger share of the images can't be read")
+    max_bad_images: float = flag(0.01, "stop if a larger share of the images can't be read")
     save_every: int = flag(500, "steps between two saved states")
     workers: int = flag(min(CORES, 16), "processes a rank that decode images and tokenise")
 
     def __post_init__(self):
-        for name in ("batch_size", "epochs", "save_every", "micro_batch", "workers"):
-            if getattr(self, name) < (name not in ("micro_batch", "workers")):
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: too small")
+        for name, value in vars(self).items():
+            least = 1 if name in ("batch_size", "epochs", "save_every") else 0
+            if name != "seed" and isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be a number from {least} on")
 
 
 BETAS, EPS = (0.9, 0.98), 1e-6  # not stated in the paper; open_clip's for ViT
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's
-# What may differ when a run is gone on with, since it does not change the result:
+# What may differ when a run is resumed, since it does not change the result:
 FREE_FLAGS = {"rows", "images", "output", "features", "max_bad_images", "micro_batch", "save_every", "workers"}
 
 # ---------------------------------------------------------------- the ranks: torchrun's, or one plain process
@@ -104,7 +106,7 @@ PATIENCE = datetime.timedelta(hours=12)  # of one rank waiting for another, whic
 
 
 def set_up_ranks():
-    """Join torchrun's process group, or make one of a single process, so that the code below has one case. The device."""
+    """Join torchrun's process group, or make one of a single process, so that the code below has one case. Returns the device."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -138,11 +140,10 @@ BASELINES = {  # name: (open_clip model, weights), all ViT-B/32
 def resolve(name):
     """The (open_clip model, weights) that a --model names; weights: a tag, a file, "random", or None for a local-dir."""
     path = name.removeprefix("local-dir:")
-    if name.startswith("local-dir:") or os.path.isfile(os.path.join(name, "open_clip_config.json")):
-        if not os.path.isfile(os.path.join(path, "open_clip_config.json")):
-            raise InputError(f"--model {name}: there is no {path}/open_clip_config.json")
-        if not os.path.isfile(os.path.join(path, "open_clip_model.safetensors")):
-            raise InputError(f"--model {name}: there is no {path}/open_clip_model.safetensors; has the run finished?")
+    if name.startswith("local-dir:") or os.path.isdir(name) and name not in BASELINES:
+        for file in ("open_clip_config.json", "open_clip_model.safetensors"):
+            if not os.path.isfile(os.path.join(path, file)):
+                raise InputError(f"--model {name}: there is no {path}/{file}; has the run finished?")
         return f"local-dir:{path}", None
     model, _, weights = (":".join(BASELINES[name]) if name in BASELINES else name).partition(":")
     if model not in open_clip.list_models():
@@ -291,7 +292,8 @@ def open_image(root, image_id):
                 with open(shard, "rb") as file:
                     file.seek(offset)
                     return Image.open(io.BytesIO(file.read(size)))
-    raise FileNotFoundError(f"no {os.path.join(root, image_id)}.jpg (.jpeg, .png, .webp), and not in {shard}")
+    raise FileNotFoundError(f"no {os.path.join(root, image_id)}.jpg (.jpeg, .png, .webp)"
+                            + (f", and not in {shard}" if folder else ""))
 
 
 class Images(Dataset):
@@ -349,8 +351,8 @@ def read_cache(files, mark, root=""):
                 raise InputError(f"{path}: stale: features of another image tower or preprocessing; name another "
                                  "--features or delete this one")
             if root and header["images"] != os.path.realpath(root):
-                raise InputError(f"{path}: stale: features of the images in {header['images']}, not in --images {root}; "
-                                 "name another --features")
+                raise InputError(f"{path}: features of the images in {header['images']}, not in --images {root}: name "
+                                 "another --features, or leave out --images if the folder has only moved")
             arrays.append(file.get_tensor("features").numpy())
         places.update(zip(json.loads(header["image_ids"]), itertools.count(total)))
         total += len(arrays[-1])
@@ -369,7 +371,7 @@ def cache_image_features(clip, preprocess, image_ids, config):
             write_text(os.path.join(config.output, "unreadable.txt"), unreadable)
         if len(unreadable) > config.max_bad_images * len(image_ids):
             raise InputError(f"more than {config.max_bad_images:.2%} of the images can't be read (--max-bad-images): see "
-                             f"{config.output}/unreadable.txt; the first: {' '.join(unreadable[0].split())}")
+                             f"{config.output}/unreadable.txt; the first: " + unreadable[0].strip().replace("\t", ": "))
 
     directory = config.features or os.path.join(config.output, "features")
     rank, world, patient = dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=PATIENCE)
@@ -475,56 +477,58 @@ def loss_terms(encoder, tokens, image_features, pairs):
     features = dict(zip(tokens, text_features.chunk(len(tokens))))
     features["I"] = image_features.to(text_features)
     features = {kind: Gather.apply(features[kind]) for kind in dict.fromkeys(itertools.chain(*pairs))}
-    first, end = (place * len(image_features) for place in (dist.get_rank(), dist.get_rank() + 1))
+    first = dist.get_rank() * len(image_features)
+    end = first + len(image_features)
     blocks = [slice(start, min(start + BLOCK, end)) for start in range(first, end, BLOCK)]
-    return {f"{a}:{b}": sum(checkpoint(info_nce, features[a], features[b], logit_scale, rows, use_reentrant=False)
-                            for rows in blocks) for a, b in pairs}
+    terms = {}
+    for a, b in pairs:
+        shares = (checkpoint(info_nce, features[a], features[b], logit_scale, rows, use_reentrant=False) for rows in blocks)
+        terms[f"{a}:{b}"] = sum(shares)
+    return terms
 
 
 # ---------------------------------------------------------------- data
 
 
 class Examples(Dataset):
-    """The rows' texts in one block of bytes (5M rows: 1 GB, and few Python objects), and their image features' places."""
+    """The rows' texts in one block of bytes (5M rows: 1 GB, and few Python objects), and where their image features are."""
 
     def __init__(self, rows, kinds, tokenizer):
         """Read `rows` (read_rows): the texts of `kinds`, and image_ids, each once, in the order of the rows."""
-        self.kinds, self.tokenizer = kinds, tokenizer
-        self.text, ends, ids, image = bytearray(), array.array("q", [0]), {}, array.array("q")
+        self.kinds, self.tokenizer, self.features = kinds, tokenizer, None
+        self.text, ends, ids, image_of_row, self.crc32 = bytearray(), array.array("q", [0]), {}, array.array("q"), 0
         for row in rows:
-            image.append(ids.setdefault(row["image_id"], len(ids)))
+            image_of_row.append(ids.setdefault(row["image_id"], len(ids)))
+            self.crc32 = zlib.crc32("\n".join(row[key] for key in ROW_KEYS).encode(), self.crc32)
             for kind in kinds:
                 self.text += row[TEXT_KEYS[kind]].encode()
                 ends.append(len(self.text))
-        self.ends, self.image, self.image_ids = np.array(ends), np.array(image), list(ids)
-        self.features = None
-        self.rows = np.arange(len(image))  # those used: all but the ones whose image can't be read
-        self.crc32 = zlib.crc32(self.text, zlib.crc32("\n".join(ids).encode()))
+        self.ends, self.image_of_row, self.image_ids = np.array(ends), np.array(image_of_row), list(ids)
+        self.used = np.arange(len(image_of_row))  # rows: all but the ones whose image can't be read
 
     def use_features(self, arrays, places):
         """Take image features (read_cache), and only the rows that have one."""
         self.features = ConcatDataset(arrays)
-        place = np.array([places.get(image_id, -1) for image_id in self.image_ids])
-        self.image = place[self.image]
-        self.rows = np.flatnonzero(self.image >= 0)
+        self.feature_of_row = np.array([places.get(image_id, -1) for image_id in self.image_ids])[self.image_of_row]
+        self.used = np.flatnonzero(self.feature_of_row >= 0)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.used)
 
     def __getitem__(self, batch):
-        """batch: places [n] in the rows used -> ({kind: tokens [n, 77]}, image features [n, D] in fp16)."""
-        rows = self.rows[batch]
+        """batch: [n] indices into the rows used -> ({kind: tokens [n, 77]}, image features [n, D] in fp16)."""
+        rows = self.used[batch]
         tokens = {}
-        for place, kind in enumerate(self.kinds):
-            at = rows * len(self.kinds) + place
-            tokens[kind] = self.tokenizer([self.text[self.ends[i] : self.ends[i + 1]].decode() for i in at])
+        for offset, kind in enumerate(self.kinds):
+            texts = rows * len(self.kinds) + offset
+            tokens[kind] = self.tokenizer([self.text[self.ends[i] : self.ends[i + 1]].decode() for i in texts])
         if self.features is None:  # no term names I
             return tokens, torch.empty(len(rows), 0)
-        return tokens, torch.from_numpy(np.stack([self.features[i] for i in self.image[rows]]))
+        return tokens, torch.from_numpy(np.stack([self.features[i] for i in self.feature_of_row[rows]]))
 
 
 def batches(count, config, first_step):
-    """This rank's part of each global batch from `first_step` on, [n] places in the rows.
+    """This rank's part of each global batch from `first_step` on: [n] indices into the rows used.
 
     Global batch b of an epoch is the b-th slice of one seeded permutation, cut into as many parts as there are ranks: the
     batches don't depend on the number of ranks. The last, short one is dropped.
@@ -633,7 +637,7 @@ def print_plan(config, clip, examples, steps, first_step, device):
     world = dist.get_world_size()
     print(f"model       {config.model} ({':'.join(filter(None, resolve(config.model)))})\n"
           f"loss        {' + '.join(config.loss)}\n"
-          f"rows        {len(examples):,} used of {len(examples.image):,}, {len(examples.image_ids):,} images\n"
+          f"rows        {len(examples):,} used of {len(examples.image_of_row):,}, {len(examples.image_ids):,} images\n"
           f"batch       {config.batch_size:,} = {world} x {config.batch_size // world:,}, {world} {device.type} rank(s)\n"
           f"steps       {steps:,} ({config.epochs} epoch(s), last short batch dropped)"
           f"{f', from step {first_step:,}' if first_step else ''}\n"
@@ -702,11 +706,11 @@ def main():
     base_model = fingerprint(clip)
     kinds = [kind for kind in TEXT_KEYS if any(kind in pair for pair in pairs)]
     examples = Examples(read_rows(config.rows), kinds, tokenizer)
-    if any("I" in pair for pair in pairs):
+    if any("I" in pair for pair in pairs) and len(examples) >= config.batch_size:
         examples.use_features(*cache_image_features(clip, preprocess, examples.image_ids, config))
     steps = config.epochs * (len(examples) // config.batch_size)
     if not steps:
-        raise InputError(f"--rows: {len(examples)} rows with an image are fewer than --batch-size {config.batch_size}")
+        raise InputError(f"--rows: {len(examples)} rows to train on are fewer than --batch-size {config.batch_size}")
 
     record, record_path = describe(config, examples, base_model), os.path.join(config.output, "config.json")
     check_same_run(record, record_path)

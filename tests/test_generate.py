@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 from openai_server import Reply, Server, reword
 
-from generate import PROMPTS, ROW_KEYS, fault, retry_after, tidy
+from generate import (
+    PROMPTS,
+    ROW_KEYS,
+    Config,
+    Endpoint,
+    fault,
+    retry_after,
+    tidy,
+    two_step,
+)
 
 SCRIPT = Path(__file__).parent.parent / "generate.py"
 KEY = "sk-loopback-0123456789abcdef"
@@ -215,6 +224,9 @@ def test_tidy():
         "Paraphrase: A dog": "A dog", "**Paraphrased caption:** A dog": "A dog", 'Paraphrase:\n"A dog"': "A dog",
         '"Paraphrase: A dog"': "A dog", "Here is a paraphrase: A dog": "A dog", '"Big" dog and "Rex"': '"Big" dog and "Rex"',
         "«Собака бежит»": "Собака бежит", "Paraphrase of a poem": "Paraphrase of a poem", "'Big' and 'small'": "'Big' and 'small'",
+        'Sure! Here\'s a paraphrase: "A dog"': "A dog", "Certainly! Here is the paraphrased text:\n\nA dog": "A dog",
+        "Here is a concise paraphrase of the given caption: A dog": "A dog", "Here is a dog: Rex": "Here is a dog: Rex",
+        "Here's a paraphrased version of the caption: A dog": "A dog", "Sure-footed goat": "Sure-footed goat",
         "Caption: the film": "Caption: the film", '""': "", "": "", '"': '"', "a dog's": "a dog's",
     }.items():  # fmt: skip
         assert tidy(said) == text
@@ -448,6 +460,21 @@ def test_a_broken_endpoint_does_not_use_up_the_captions(tmp_path):
         done = run(*write_captions(tmp_path, 3000), server=server, cwd=tmp_path, code=2)
     assert "100 captions failed" in done.error and "max_tokens is not supported" in done.error
     assert 100 <= len(lines(tmp_path / "rows.failed.jsonl")) < 200
+
+
+def test_a_server_that_is_not_there_uses_up_no_caption(tmp_path):
+    with Server() as server:
+        pass  # its port is free again
+    done = run(*write_captions(tmp_path, 5), "--max-retries", 1, server=server, cwd=tmp_path, code=2, jitter=0.01)
+    assert "Connection refused" in done.error and not lines(tmp_path / "rows.failed.jsonl")
+
+
+def test_two_step_as_a_function(monkeypatch):
+    with Server() as server:
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        endpoint = Endpoint(Config(captions=["captions.txt"], output="rows.jsonl", endpoint=server.url))
+        first, second = two_step("a small dog", endpoint.ask)
+        assert [request.source for request in server.requests] == ["a small dog", first] and second not in ("", first)
 
 
 # ---------------------------------------------------------------- being stopped, and going on

@@ -463,7 +463,7 @@ def test_a_stale_cache_is_refused_and_a_good_one_reused(world, alone, tmp_path):
     config = paraclip.Config(output=str(tmp_path), workers=0)
     with pytest.raises(InputError, match="safetensors: stale: features of another image tower"):
         paraclip.cache_image_features(clip, preprocess, ["0000"], config)
-    with pytest.raises(InputError, match="safetensors: stale: features of the images in"):
+    with pytest.raises(InputError, match="safetensors: features of the images in"):
         cache(world, tmp_path, images=str(tmp_path))  # the same ids may be other pictures there
 
 
@@ -521,11 +521,14 @@ BAD = {
     "way out": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "../clip/x"})}, "bad.jsonl:3: image_id"),
     "absolute": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "/etc/passwd"})}, "bad.jsonl:3: image_id"),
     "no rows": (lambda w, t: {"rows": t / "none-*.jsonl"}, "none-*.jsonl: no such file"),
-    "few rows": (lambda w, t: {"batch_size": 81}, "80 rows with an image are fewer than --batch-size 81"),
+    "few rows": (lambda w, t: {"batch_size": 81}, "80 rows to train on are fewer than --batch-size 81"),
     "no images": (lambda w, t: {"images": t}, "more than 1.00% of the images can't be read"),
     "images not given": (lambda w, t: {"images": None}, "--images is not given"),
     "no folder": (lambda w, t: {"images": t / "none"}, "none: no such folder"),
-    "epochs": (lambda w, t: {"epochs": 0}, "--epochs 0: too small"),
+    "epochs": (lambda w, t: {"epochs": 0}, "--epochs 0: must be a number from 1 on"),
+    "negative": (lambda w, t: {"lr": -1}, "--lr -1.0: must be a number from 0 on"),
+    "nan": (lambda w, t: {"weight-decay": "nan"}, "--weight-decay nan: must be a number from 0 on"),
+    "unfinished": (lambda w, t: {"model": w / "images"}, "open_clip_config.json; has the run finished?"),
     "term": (lambda w, t: {"loss": ["I:T3"]}, "--loss I:T3"),
     "term twice": (lambda w, t: {"loss": ["I:T", "T:I"]}, "twice"),
     "model": (lambda w, t: {"model": "clip"}, "--model clip: none of openai, openclip-400m"),
