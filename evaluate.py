@@ -126,9 +126,10 @@ def encoders(clip, preprocess, tokenizer, image_cache, config):
 
     @torch.no_grad()
     def encode_tokens(tokens):
-        blocks = torch.stack(tokens).split(TEXTS_AT_ONCE)
-        for block in tqdm(blocks, "text features", unit="text", unit_scale=TEXTS_AT_ONCE, leave=False, delay=3):
-            yield from text_encoder(block)[0].float().cpu()
+        with tqdm(total=len(tokens), desc="text features", unit="text", leave=False, delay=3) as bar:
+            for block in torch.stack(tokens).split(TEXTS_AT_ONCE):
+                yield from text_encoder(block)[0].float().cpu()
+                bar.update(len(block))
 
     def encode_crops(items):
         images = Images(items, open_crop, preprocess)
@@ -221,13 +222,13 @@ def by_group(correct, groups):
 # ---------------------------------------------------------------- benchmarks: files, and what is wrong with them
 
 SOURCES = {  # by the first folder or file below --data
-    "coco": "cocodataset.org: val2017.zip, annotations_trainval2017.zip; --coco karpathy: val2014.zip and Karpathy's "
+    "coco": "from cocodataset.org: val2017.zip, annotations_trainval2017.zip; --coco karpathy: val2014.zip and Karpathy's "
             "caption_datasets.zip",
-    "paraphrased_retrieval.jsonl": 'lines of {"query", "paraphrase"[, "image_id"]}: the 4,155 pairs of Cheng et al. '
+    "paraphrased_retrieval.jsonl": 'holds lines of {"query", "paraphrase"[, "image_id"]}: the 4,155 pairs of Cheng et al. '
                                    "2024, arXiv 2405.03190; no public download is known",
-    "aro": "github.com/mertyg/vision-language-models-are-bows",
-    "sts": "SentEval's downstream data: github.com/facebookresearch/SentEval",
-    "imagenet": "image-net.org: the ILSVRC 2012 validation images, in a folder for each wnid",
+    "aro": "from github.com/mertyg/vision-language-models-are-bows",
+    "sts": "from SentEval's downstream data: github.com/facebookresearch/SentEval",
+    "imagenet": "from image-net.org: the ILSVRC 2012 validation images, in a folder for each wnid",
 }
 
 
@@ -238,7 +239,7 @@ class NotThere(Exception):
 def want(config, path):
     """The path of a benchmark's file or folder, given below --data with /. Raises NotThere."""
     if not os.path.exists(os.path.join(config.data, path)):
-        raise NotThere(f"{os.path.join(config.data, path)} is not there (from {SOURCES[path.split('/')[0]]})")
+        raise NotThere(f"{os.path.join(config.data, path)} is not there ({SOURCES[path.split('/')[0]]})")
     return os.path.join(config.data, path)
 
 
@@ -268,12 +269,17 @@ def read_json(path):
 # ---------------------------------------------------------------- paraphrased retrieval: AO@10, JS@10
 
 
-def read_paraphrases(config):
-    """(image paths [m], sorted by name; (query, paraphrase, index of the gold image or -1) of each line)."""
-    path = want(config, "paraphrased_retrieval.jsonl")
+def gallery_images(config):
+    """The paths of the images to retrieve from, sorted by name."""
     images = sorted(glob.glob(os.path.join(glob.escape(want(config, "coco/val2017")), "*.jpg")))
     if len(images) < 10:
         raise InputError(f"{config.data}/coco/val2017: {len(images)} .jpg images, and AO@10 takes 10 at least")
+    return images
+
+
+def read_paraphrases(config, images):
+    """(query, paraphrase, index of the gold image or -1) of each line; images: gallery_images()."""
+    path = want(config, "paraphrased_retrieval.jsonl")
     places = {os.path.basename(image).removesuffix(".jpg"): index for index, image in enumerate(images)}
     pairs = []
     for number, line in text_lines(path):
@@ -286,7 +292,7 @@ def read_paraphrases(config):
         pairs.append((query, paraphrase, places.get(gold, -1)))
     if not pairs:
         raise InputError(f"{path}: empty")
-    return images, pairs
+    return pairs
 
 
 def rank_pairs(images, pairs, text, image):
@@ -297,7 +303,8 @@ def rank_pairs(images, pairs, text, image):
 
 def paraphrased_retrieval(config, text, image):
     """AO@10 and JS@10 of the image rankings for a query and for its paraphrase, means over pairs (section 3.2)."""
-    images, pairs = read_paraphrases(config)
+    images = gallery_images(config)
+    pairs = read_paraphrases(config, images)
     a, b = rank_pairs(images, pairs, text, image)
     overlap, similarity = ([percent(column) for column in metric(a, b).T] for metric in (average_overlap, jaccard))
     return {"figures": {"AO@10": overlap[-1], "JS@10": similarity[-1]},
@@ -444,6 +451,7 @@ STS = {**dict.fromkeys(SUBSETS, read_year), "STS-B": read_sts_b, "SICK-R": read_
 
 def sts(config, text, _):
     """STS: Spearman's rho of cosines and golds, mean over the tasks; a year's sub-sets are one list ('all' setting)."""
+    want(config, "sts")
     result = {"figures": {}, "counts": {}, "sub_scores": {}, "not_run": {}}
     for task, read in STS.items():
         try:
@@ -563,8 +571,13 @@ WIDTH, FRAME, GOLD = 1200, 7, "#f0a800"  # pixels, pixels, colour of the gold im
 
 
 def gallery_pairs(config):
-    """read_paraphrases, or the pair that --queries gives, with its gold image if a line of the file has one of them."""
-    images, pairs = read_paraphrases(config)
+    """Images and pairs to draw: the file's, or what --queries gives, its gold image if a line of the file has one of them."""
+    images, pairs = gallery_images(config), []
+    try:
+        pairs = read_paraphrases(config, images)
+    except NotThere:
+        if not config.queries:
+            raise
     if config.queries:
         gold = [gold for *texts, gold in pairs if set(texts) & set(config.queries)]
         pairs = [(*config.queries, (gold or [-1])[0])]
@@ -618,12 +631,14 @@ def draw_gallery(config, rankings):
             tiles = []
             for top in lists:
                 for index in top[pair, :5].tolist():
-                    tile = ImageOps.fit(Image.open(images[index]).convert("RGB"), (side, side))
+                    tile = ImageOps.fit(Image.open(images[index]).convert("RGB"), (side - 2, side - 2))
+                    tile = ImageOps.expand(tile, 1, "gray")
                     tiles.append(ImageOps.expand(tile, FRAME, GOLD if index == pairs[pair][2] else "white"))
                 tiles.append(gap)
             strips.append(join(tiles, 0))
         strips.append(join([text_strip(f"AO@10 of A and B: {100 * ao[pair]:.1f}", width, 16) for ao in overlaps], 0))
-    strips.append(text_strip("Framed: the gold image of the pair", WIDTH, 16))
+    if any(pairs[pair][2] >= 0 for pair in chosen):
+        strips.append(text_strip("Framed: the gold image of the pair", WIDTH, 16))
     with atomic_write(config.gallery, "wb") as file:
         join(strips, 1).save(file, "PNG")
 
@@ -695,8 +710,8 @@ def table(models):
         if model is models[0]:
             first = figures
         else:
-            less = (f"{figures[c] - first[c]:+.1f}" if c in figures.keys() & first else "" for c in ALL)
-            rows.append([f"  less {models[0]['name']}", *less])
+            gains = (f"{round(figures[c], 1) - round(first[c], 1):+.1f}" if c in figures.keys() & first else "" for c in ALL)
+            rows.append([f"  minus {models[0]['name']}", *gains])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
@@ -737,7 +752,8 @@ def main():
         try:
             gallery_pairs(config)
         except NotThere as missing:
-            raise InputError(f"--gallery: {missing}") from None
+            print(f"--gallery: not run: {missing}")
+            config.gallery = ""
     torch.backends.cudnn.allow_tf32 = False  # else "fp32" convolutions keep 10 bits of 23
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "scipy", "pillow")}
@@ -754,6 +770,8 @@ def main():
     print(f"\n{table(report['models'])}")
     if config.gallery:
         draw_gallery(config, rankings)
+    for path in filter(None, (config.json, config.gallery)):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,9 @@ def run(main):
         sys.exit(130)
 
 
+BAR_SECONDS = 0.3 if sys.stderr.isatty() else 30  # between two states of a progress bar; few of them in a log file
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a file that replaces `path` when the block ends well; if it fails, the old one stays whole."""
@@ -687,7 +690,7 @@ def generate(config):
         todo, total = plan(config, paths, known, failed)
         print(f"{stand}; {sum(todo):,} of {total:,} to do")
         captions = (row for _, _, row in itertools.compress(read_captions(paths, config.ids), todo))
-        bar = tqdm(total=total, initial=total - sum(todo), unit=" rows", mininterval=0.3 if sys.stderr.isatty() else 30)
+        bar = tqdm(total=total, initial=total - sum(todo), unit=" rows", mininterval=BAR_SECONDS)
         with open(failed_path, "ab", buffering=0) as failures, bar:
             count, recovered, error = work(config, endpoint, captions, rows, failures, bar)
         failed = settle_failed(failed_path, recovered)

@@ -51,6 +51,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
 from generate import (
+    BAR_SECONDS,
     ROW_KEYS,
     InputError,
     atomic_write,
@@ -323,7 +324,8 @@ def encode_images(clip, images, workers, show=True):
     cuda = device.type == "cuda"
     loader = DataLoader(images, 64 if cuda else 16, num_workers=workers, collate_fn=stack_good,
                         pin_memory=cuda, multiprocessing_context="fork" if workers else None)
-    with tqdm(total=len(images), unit="image", desc="image features", disable=not show or not len(images)) as bar:
+    with tqdm(total=len(images), unit="image", desc="image features", mininterval=BAR_SECONDS,
+              disable=not show or not len(images)) as bar:
         for good, errors in loader:
             good = good.to(device, clip.logit_scale.dtype, non_blocking=True)
             features = iter(clip.encode_image(good, normalize=True).float().cpu() if len(good) else ())

@@ -298,7 +298,7 @@ def test_damaged_and_missing_files(data, file, task, line):
             assert result["figures"]["STS"] == pytest.approx(np.mean([s["all"] for s in result["sub_scores"].values()]))
             assert len(result["sub_scores"]) == 6
         else:
-            with pytest.raises(evaluate.NotThere, match=re.escape(f"{path} is not there (from ")):
+            with pytest.raises(evaluate.NotThere, match=re.escape(f"{path} is not there (")):
                 task(config(data), features, features)
     finally:
         path.write_bytes(good)
@@ -427,9 +427,9 @@ def test_two_models_as_a_user(data, models, tmp_path):
     """The command of the docstring: table, paper's row, differences, what was not run, JSON, Figure 3."""
     out = run(*models, "--data", data, "--json", tmp_path / "results.json", "--gallery", tmp_path / "figure3.png",
               "--workers", 1)
-    base, trained, less = (cells(out, label) for label in (models[0], models[1], f"less {models[0]}"))
+    base, trained, gains = (cells(out, label) for label in (models[0], models[1], f"minus {models[0]}"))
     assert list(base) == ["AO@10", "JS@10", "VG-R", "VG-A", "STS", "Clsf", "T R@5", "I R@5"]
-    assert base["Clsf"] == trained["Clsf"] == "not run" and less["Clsf"] == ""
+    assert base["Clsf"] == trained["Clsf"] == "not run" and gains["Clsf"] == ""
     assert f"not run: imagenet: {data}/imagenet/val is not there (from image-net.org" in out
     assert "coco: not the paper's data (images 14, not 5,000; captions 70, not 25,000), not comparable" in out
     assert "sts: not the paper's data (STS12 35, not 3,108; " in out
@@ -439,7 +439,7 @@ def test_two_models_as_a_user(data, models, tmp_path):
     for task, column in (("paraphrase", "AO@10"), ("vg-r", "VG-R"), ("sts", "STS"), ("coco", "I R@5")):
         values = [model["tasks"][task]["figures"][column] for model in (first, second)]
         assert [base[column], trained[column]] == [f"{value:.1f}" for value in values]
-        assert less[column] == f"{values[1] - values[0]:+.1f}"
+        assert gains[column] == f"{round(values[1], 1) - round(values[0], 1):+.1f}"  # of the figures shown
     assert any(model["tasks"]["sts"]["figures"] != first["tasks"]["sts"]["figures"] for model in report["models"])
     assert first["image_tower"] == second["image_tower"] and first["fingerprint"] != second["fingerprint"]
     assert set(first["tasks"]["paraphrase"]["sub_scores"]) == {f"{m}@{k}" for m in ("AO", "JS") for k in range(1, 11)}
@@ -466,7 +466,6 @@ def test_errors_before_the_work(data, models, tmp_path, monkeypatch):
         (["--data", data, "--queries", "a", "b"], "--queries: name the picture"),
         (["--data", data, "--workers", -1], "--workers -1"),
         (["no-such-model", "--data", data], "--model no-such-model: none of"),
-        (["--data", tmp_path, "--gallery", tmp_path / "f.png"], "--gallery: .*retrieval.jsonl is not there"),
         (["--data", data, "--tasks", "clsf"], "invalid choice: 'clsf'"),
     ):
         with pytest.raises(InputError, match=message):
@@ -518,6 +517,16 @@ def test_queries_of_the_gallery(data, models, tmp_path, monkeypatch):
     assert evaluate.gallery_pairs(config(data, queries=["x", "y"]))[1] == [("x", "y", -1)]
 
 
+def test_a_gallery_without_the_paraphrase_set(data, models, tmp_path, monkeypatch, capsys):
+    """It is not run; with --queries it takes the images alone."""
+    (tmp_path / "coco").symlink_to(data / "coco")
+    flags = (models[0], "--data", tmp_path, "--tasks", "paraphrase", "--workers", 0, "--gallery", tmp_path / "f.png")
+    main(monkeypatch, *flags)
+    assert "--gallery: not run: " in capsys.readouterr().out and not (tmp_path / "f.png").exists()
+    main(monkeypatch, *flags, "--queries", "a dog", "a hound")
+    assert f"wrote {tmp_path / 'f.png'}" in capsys.readouterr().out and Image.open(tmp_path / "f.png").width == 1200
+
+
 def test_paper_rows(tmp_path):
     """The five baselines by name or by weights; runs by base model and losses, in any order; nothing for others."""
     assert evaluate.paper_row("openclip-2b")["figures"]["VG-R"] == 45.0
@@ -538,7 +547,10 @@ def test_paper_rows(tmp_path):
     assert len(evaluate.PAPER) == 17 and all(len(row) == 8 for row in evaluate.PAPER.values())
 
 
-def test_constant_and_missing_sts_never_become_nan(data, models):
-    result = evaluate.sts(config(data / "coco"), words, None)
+def test_constant_and_missing_sts_never_become_nan(data, tmp_path):
+    (tmp_path / "sts").mkdir()
+    result = evaluate.sts(config(tmp_path), words, None)
     assert result["figures"] == {} and len(result["not_run"]) == 7
+    with pytest.raises(evaluate.NotThere):
+        evaluate.sts(config(data / "coco"), words, None)
     assert not math.isnan(evaluate.spearman([1, 2], [2, 1]))

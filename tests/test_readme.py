@@ -65,7 +65,7 @@ def test_the_demo_runs_small(tmp_path):
     command = [sys.executable, ROOT / "tests" / "demo.py", "--output", tmp_path / "demo", "--scenes", "520", "--steps", "3"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("local-dir:clip", "runs/paraclip", "runs/L1"):
+    for name in ("clip", "runs/paraclip", "runs/L1"):
         assert re.search(rf"\| {name} +(\| +\d+\.\d +){{8}}\|", done.stdout), done.stdout
     assert (tmp_path / "demo" / "figure3.png").stat().st_size > 10_000
     assert "Warning" not in done.stdout + done.stderr and "Traceback" not in done.stderr
