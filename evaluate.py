@@ -30,7 +30,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from generate import InputError, atomic_write, flag, parse_flags, run, text_lines
+from generate import (
+    InputError,
+    atomic_write,
+    flag,
+    json_lines,
+    parse_flags,
+    run,
+    text_lines,
+)
 from paraclip import (
     BASELINES,
     CORES,
@@ -252,18 +260,12 @@ def fields(entry, place, **kinds):
     return [entry[key] for key in kinds]
 
 
-def parse_json(text, path, line=None):
-    """The value that `text`, line `line` of a file or all of it, is. Raises InputError at file:line."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = line or getattr(error, "lineno", 1)
-        raise InputError(f"{path}:{line}: not JSON, or cut off ({error}); get the file again") from None
-
-
 def read_json(path):
     """The content of a JSON file. Raises InputError at file:line."""
-    return parse_json("\n".join(line for _, line in text_lines(path)), path)
+    try:
+        return json.loads("\n".join(line for _, line in text_lines(path)))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON, or cut off ({error}); get it again") from None
 
 
 # ---------------------------------------------------------------- paraphrased retrieval: AO@10, JS@10
@@ -282,8 +284,7 @@ def read_paraphrases(config, images):
     path = want(config, "paraphrased_retrieval.jsonl")
     places = {os.path.basename(image).removesuffix(".jpg"): index for index, image in enumerate(images)}
     pairs = []
-    for number, line in text_lines(path):
-        entry = parse_json(line, path, number)
+    for number, entry in json_lines(path):
         query, paraphrase = fields(entry, f"{path}:{number}", query=str, paraphrase=str)
         gold = str(entry.get("image_id", "")).removesuffix(".jpg")
         gold = gold if gold in places else gold.zfill(12)  # COCO's ids are file names without leading zeros
@@ -395,10 +396,15 @@ SUBSETS = {  # of the SemEval years; a file of another name does not count (STS1
 
 
 def columns(path, at_least):
-    """Yield (file:line, fields) of a file of tab-separated lines; quotes are text. Raises InputError."""
+    """Yield (file:line, fields) of a file of tab-separated lines; quotes are text. Raises InputError.
+
+    A blank line counts where one field is enough: it is a pair without a gold score.
+    """
     if not os.path.getsize(path):
         raise InputError(f"{path}: empty; get the file again")
     for number, line in text_lines(path):
+        if at_least > 1 and not line.strip():
+            continue
         row = line.split("\t")
         if len(row) < at_least:
             raise InputError(f"{path}:{number}: {len(row)} tab-separated fields, where {at_least} belong; get it again")

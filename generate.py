@@ -183,7 +183,7 @@ def expand(patterns):
         found = sorted(glob.glob(pattern, recursive=True))
         found = [path for path in found if path == pattern or ".failed." not in os.path.basename(path)] or [pattern]
         if not os.path.isfile(found[0]):
-            raise InputError(f"{pattern}: no such file")
+            raise InputError(f"{pattern}: {'a folder, not a file' if os.path.isdir(found[0]) else 'no such file'}")
         paths += found
     return paths
 
@@ -195,8 +195,6 @@ def is_safe(image_id):
 
 def check_row(row, place):
     """Raise InputError, naming `place`, unless `row` has the four keys, each a text that is not blank."""
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: not a JSON object with the keys {', '.join(ROW_KEYS)}")
     for key in ROW_KEYS:
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise InputError(f'{place}: "{key}" must be a text that is not empty')
@@ -204,17 +202,38 @@ def check_row(row, place):
         raise InputError(f'{place}: image_id "{row["image_id"]}" points out of the image root')
 
 
+def text_lines(path):
+    """Yield (line number, line without its end) of a UTF-8 file. Raises InputError at file:line."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise InputError(f"{path}:{number}: not UTF-8 text") from None
+
+
+def json_lines(path):
+    """Yield (line number, object) of a JSONL file, blank lines left out. Raises InputError at file:line."""
+    for number, line in text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: not a line of JSON, or cut off ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(f'{path}:{number}: not a JSON object like {{"image_id": ...}}')
+        if type(row.get("image_id")) is int:
+            row["image_id"] = str(row["image_id"])
+        yield number, row
+
+
 def read_rows(patterns):
     """Yield the rows (dicts) of the JSONL files that paths or globs name. Raises InputError at file:line."""
     for path in expand(patterns):
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line.decode())
-                except ValueError as error:
-                    raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
-                check_row(row, f"{path}:{number}")
-                yield row
+        for number, row in json_lines(path):
+            check_row(row, f"{path}:{number}")
+            yield row
 
 
 @contextlib.contextmanager
@@ -272,16 +291,6 @@ def settle_failed(path, recovered):
 # ---------------------------------------------------------------- captions, streamed
 
 
-def text_lines(path):
-    """Yield (line number, line without its end) of a UTF-8 file."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError:
-                raise InputError(f"{path}:{number}: not UTF-8 text") from None
-
-
 def read_txt(path, ids=""):
     image_ids = text_lines(ids) if ids else ()
     for number, caption in text_lines(path):
@@ -296,6 +305,8 @@ def read_tsv(path):
     if not {"filepath", "title"} <= set(header):
         raise InputError(f"{path}:1: the header must name the columns filepath and title, with a tab between")
     for number, line in lines:
+        if not line.strip():
+            continue
         cells = line.split("\t")
         if '"' in line:
             with contextlib.suppress(csv.Error):  # which it raises for a quote that stands for itself
@@ -304,17 +315,6 @@ def read_tsv(path):
             raise InputError(f"{path}:{number}: {len(cells)} columns, but the header has {len(header)}")
         row = dict(zip(header, cells))
         yield number, {"image_id": row["filepath"], "caption": row["title"]}
-
-
-def read_jsonl(path):
-    for number, line in text_lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise InputError(f'{path}:{number}: not a JSON object with "image_id" and "caption"')
-        yield number, row
 
 
 def read_tar(path):
@@ -335,7 +335,7 @@ def read_tar(path):
         raise InputError(f"{path}: a damaged shard ({error})") from None
 
 
-READERS = {".txt": read_txt, ".tsv": read_tsv, ".jsonl": read_jsonl, ".tar": read_tar}
+READERS = {".txt": read_txt, ".tsv": read_tsv, ".jsonl": json_lines, ".tar": read_tar}
 
 
 def find_inputs(patterns, ids):
@@ -388,7 +388,8 @@ def plan(config, paths, known, failed):
         if image_id in seen:
             again = read_captions(paths, config.ids)
             first = next(f"{path}:{number}" for path, number, row in again if row["image_id"] == image_id)
-            raise InputError(f'image_id "{image_id}" is there twice: {first} and {path}:{number}')
+            raise InputError(f'image_id "{image_id}" is there twice: {first} and {path}:{number}; each caption needs '
+                             "one of its own")
         seen.add(image_id)
         mine = len(todo) % config.parts == config.part
         before = known.pop(image_id, None) if mine else None

@@ -15,6 +15,8 @@ import array
 import contextlib
 import dataclasses
 import datetime
+import errno
+import fcntl
 import functools
 import glob
 import hashlib
@@ -125,6 +127,28 @@ def set_up_ranks():
 def write_text(path, pieces):
     with atomic_write(path) as file:
         file.writelines(pieces)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Raise InputError for whatever the reader of a damaged file raises."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (InputError, OSError)):
+            raise
+        raise InputError(f"{path}: damaged, or of another program ({type(error).__name__}: {error}); delete it") from None
+
+
+def open_log(config):
+    """Open OUTPUT/log.jsonl, locked against a second run. The lock is this process's, not that of its forked workers."""
+    log = open(os.path.join(config.output, "log.jsonl"), "a+")  # noqa: SIM115 - for the whole run
+    try:
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system knows no locks
+            raise InputError(f"--output {config.output}: another paraclip.py is training there") from None
+    return log
 
 
 # ---------------------------------------------------------------- models: the five baselines of section 3.1, and any other
@@ -259,7 +283,7 @@ class TextEncoder(torch.nn.Module):
 # ---------------------------------------------------------------- image side: features of a frozen tower, computed once
 
 SHARD = 8192  # images a file of the cache
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", "")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", "")
 
 
 @functools.lru_cache(maxsize=2)
@@ -347,7 +371,7 @@ def read_cache(files, mark, root=""):
     """
     arrays, places, total = [], {}, 0
     for path in files:
-        with safe_open(path, "pt") as file:
+        with reading(path), safe_open(path, "pt") as file:
             header = file.metadata()
             if header["fingerprint"] != mark:
                 raise InputError(f"{path}: stale: features of another image tower or preprocessing; name another "
@@ -356,7 +380,7 @@ def read_cache(files, mark, root=""):
                 raise InputError(f"{path}: features of the images in {header['images']}, not in --images {root}: name "
                                  "another --features, or leave out --images if the folder has only moved")
             arrays.append(file.get_tensor("features").numpy())
-        places.update(zip(json.loads(header["image_ids"]), itertools.count(total)))
+            places.update(zip(json.loads(header["image_ids"]), itertools.count(total)))
         total += len(arrays[-1])
     return arrays, places
 
@@ -368,12 +392,14 @@ def cache_image_features(clip, preprocess, image_ids, config):
     named by its ids and appears whole or not at all. Images that can't be read are named in OUTPUT/unreadable.txt, and
     tried again by the next run. Raises InputError if they are too many, and for a stale cache.
     """
+    listed = os.path.join(config.output, "unreadable.txt")
+
     def check(unreadable):
-        if unreadable:
-            write_text(os.path.join(config.output, "unreadable.txt"), unreadable)
+        if unreadable or os.path.exists(listed):
+            write_text(listed, unreadable)
         if len(unreadable) > config.max_bad_images * len(image_ids):
             raise InputError(f"more than {config.max_bad_images:.2%} of the images can't be read (--max-bad-images): see "
-                             f"{config.output}/unreadable.txt; the first: " + unreadable[0].strip().replace("\t", ": "))
+                             f"{listed}; the first: " + unreadable[0].strip().replace("\t", ": "))
 
     directory = config.features or os.path.join(config.output, "features")
     rank, world, patient = dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=PATIENCE)
@@ -568,34 +594,42 @@ def save_state(encoder, optimizer, step, config):
         file.write(state.getbuffer())
 
 
-def load_state(encoder, optimizer, config):
-    """Load OUTPUT/state.pt if there is one, cut log.jsonl to the steps before it, and return the step to go on at."""
-    path, log = os.path.join(config.output, "state.pt"), os.path.join(config.output, "log.jsonl")
+def load_state(encoder, optimizer, log, config):
+    """Load OUTPUT/state.pt if there is one, cut the log to the steps before it, and return the step to resume at."""
+    path = os.path.join(config.output, "state.pt")
     steps = [0] * dist.get_world_size()
     step = 0
     if os.path.exists(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        encoder.load_state_dict(state["weights"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        with reading(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            encoder.load_state_dict(state["weights"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
     dist.all_gather_object(steps, step)
     if len(set(steps)) > 1:
         raise InputError(f"--output {config.output}: not the same folder on all machines (states of steps {steps})")
     if dist.get_rank() == 0:
         for part in glob.glob(glob.escape(config.output) + "/*.part*"):  # of a save that was killed
             os.remove(part)
-        if os.path.exists(log):
-            with open(log) as lines, atomic_write(log) as kept:
-                kept.writelines(itertools.islice(lines, step))
+        log.seek(0)
+        for _ in range(step):
+            log.readline()
+        log.truncate(log.tell())
     return step
 
 
 def check_same_run(record, path):
-    """Raise InputError if the run that wrote config.json at `path` had other flags, rows or base model than `record`."""
+    """Raise InputError if the run that wrote config.json at `path` had other flags, rows or base model than `record`.
+
+    And if there is none, but a model: it is no run's, and would be overwritten.
+    """
     if not os.path.exists(path):
+        if os.path.exists(os.path.join(os.path.dirname(path), "open_clip_model.safetensors")):
+            raise InputError(f"--output {os.path.dirname(path)}: holds a model that is no run's; give another --output")
         return
-    with open(path) as file:
+    with reading(path), open(path) as file:
         before = json.load(file)
+        before = {key: before[key] for key in ("flags", "rows", "base_model")}
     differ = [f"--{key.replace('_', '-')} (was {before['flags'].get(key)!r}, is {value!r})"
               for key, value in record["flags"].items() if key not in FREE_FLAGS and before["flags"].get(key) != value]
     differ += [f"{key} (was {before[key]}, is {record[key]})"
@@ -648,7 +682,7 @@ def print_plan(config, clip, examples, steps, first_step, device):
           f"parameters  {trained:,} trained, {frozen:,} frozen, {config.precision}", flush=True)
 
 
-def train(encoder, optimizer, examples, pairs, steps, first_step, config):
+def train(encoder, optimizer, examples, pairs, steps, first_step, log, config):
     """Steps first_step ... steps - 1 on every rank. Raises InputError at a loss that is not finite."""
     world, started, spoken = dist.get_world_size(), time.time(), 0.0
     logit_scale = encoder.clip.logit_scale
@@ -671,7 +705,7 @@ def train(encoder, optimizer, examples, pairs, steps, first_step, config):
                  "logit_scale": logit_scale.exp().item(), "grad_norm": grad_norm.item()}  # before the update
         if not math.isfinite(entry["loss"] + entry["grad_norm"]):
             raise InputError(f"step {step}: loss {entry['loss']:.4g} with gradient norm {entry['grad_norm']:.4g} is not "
-                             f"finite; {config.output}/state.pt keeps the last state saved; a lower --lr may help")
+                             f"finite; {config.output}/state.pt, if there, is the last good state; a lower --lr may help")
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -681,8 +715,8 @@ def train(encoder, optimizer, examples, pairs, steps, first_step, config):
             done, now = step + 1 - first_step, time.time()
             entry["examples_per_s"] = done * config.batch_size / (now - started)
             entry["eta_s"] = (steps - step - 1) * (now - started) / done
-            with open(os.path.join(config.output, "log.jsonl"), "a") as log:
-                log.write(json.dumps(entry) + "\n")
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
             if now - spoken > 10 or step + 1 == steps:
                 spoken = now
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in entry["terms"].items())
@@ -703,6 +737,7 @@ def main():
     if config.precision == "auto":
         config.precision = "bf16" if device.type == "cuda" else "fp32"
     os.makedirs(config.output, exist_ok=True)
+    log = open_log(config) if dist.get_rank() == 0 else None
 
     clip, preprocess, tokenizer = load_model(config.model, device)
     base_model = fingerprint(clip)
@@ -718,11 +753,11 @@ def main():
     check_same_run(record, record_path)
     encoder = TextEncoder(clip, config.micro_batch, config.precision == "bf16")
     optimizer = make_optimizer(encoder, config)
-    first_step = load_state(encoder, optimizer, config)
+    first_step = load_state(encoder, optimizer, log, config)
     if dist.get_rank() == 0:
         write_text(record_path, json.dumps(record, indent=1))
         print_plan(config, clip, examples, steps, first_step, device)
-    train(encoder, optimizer, examples, pairs, steps, first_step, config)
+    train(encoder, optimizer, examples, pairs, steps, first_step, log, config)
     if dist.get_rank() == 0:
         export(clip, tokenizer, config)
         print(f"done: {config.output} is an open_clip model, local-dir:{config.output}")

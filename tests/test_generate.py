@@ -146,8 +146,8 @@ def test_inputs(tmp_path):
     """Every format, and standard input in each; captions of 2 to 15 words are kept, and the others counted."""
     (tmp_path / "a.txt").write_bytes("\ufeffa red dog\r\n\nword\ntwo words\n".encode() + b"w " * 16 + b"\nno end")
     (tmp_path / "ids.txt").write_text("x/1\nx/2\nx/3\nx/4\nx/5\nx/6\n")
-    (tmp_path / "a.tsv").write_text('url\tfilepath\ttitle\nu\tt/1\t"5"" lamp ""new"""\nu\tt/2\t"Big" dog\nu\tt/3\t5" lamp\n')
-    (tmp_path / "a.jsonl").write_text('{"image_id": "j/1", "caption": "a red dog", "width": 3}\n')
+    (tmp_path / "a.tsv").write_text('url\tfilepath\ttitle\nu\tt/1\t"5"" lamp ""new"""\nu\tt/2\t"Big" dog\nu\tt/3\t5" lamp\n\n')
+    (tmp_path / "a.jsonl").write_text('{"image_id": "j/1", "caption": "a red dog", "width": 3}\n\n{"image_id": 2, "caption": "a cat"}\n')
     sample = {"json": b'{"caption": "from the json", "key": "1"}', "jpg": b"\xff\xd8" * 9000, "txt": b"from the txt"}
     keys = ("000000000", "000000012")
     members = {f"{key}.{kind}": data for key in keys for kind, data in sample.items()}
@@ -157,7 +157,7 @@ def test_inputs(tmp_path):
     txt = {"1": "a red dog", "4": "two words", "6": "no end"}
     ids = {f"x/{number}": caption for number, caption in txt.items()}
     tsv = {"t/1": '5" lamp "new"', "t/2": '"Big" dog', "t/3": '5" lamp'}
-    jsonl = {"j/1": "a red dog"}
+    jsonl = {"j/1": "a red dog", "2": "a cat"}
     tars = {f"{shard}/{key}": f"from the {kind}" for shard in ("00000", "00001") for key, kind in zip(keys, ("json", "txt"))}
     cases = [(["a.txt"], "", txt), (["a.txt", "--ids", "ids.txt"], "", ids), (["a.tsv"], "", tsv), (["a.jsonl"], "", jsonl),
              (["*.tar"], "", tars), (["a.tsv", "0*.tar", "a.jsonl"], "", tsv | tars | jsonl), (["-"], "a.txt", txt),

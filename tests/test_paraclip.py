@@ -175,7 +175,7 @@ def test_three_steps_of_adamw_equal_a_naive_loop(world, alone, tmp_path):
     clip, _, tokenizer = paraclip.load_model(model)
     examples = examples_of(world, PARACLIP, tokenizer)
     encoder = paraclip.TextEncoder(clip.double())
-    paraclip.train(encoder, paraclip.make_optimizer(encoder, config), examples, PARACLIP, 3, 0, config)
+    paraclip.train(encoder, paraclip.make_optimizer(encoder, config), examples, PARACLIP, 3, 0, paraclip.open_log(config), config)
 
     naive, _, _ = paraclip.load_model(model)
     naive.double()
@@ -307,6 +307,21 @@ def test_killed_and_started_again_is_bit_equal(world, unbroken, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
     fixed = ("step", "loss", "terms", "lr", "logit_scale", "grad_norm")
     assert [[e[k] for k in fixed] for e in log_of(tmp_path / "run")] == [[e[k] for k in fixed] for e in log_of(unbroken[0])]
+
+
+def test_two_runs_on_one_output(world, tmp_path, capfd):
+    """The second is refused, also while the first has workers; when the first is killed, the next goes on at once."""
+    arguments = flags(world, tmp_path / "run", epochs=40, workers=1)
+    process = start(*arguments)
+    wait_for(lambda: lines(tmp_path / "run" / "log.jsonl") > 3, process)
+    assert train(*arguments) == 2
+    assert "another paraclip.py is training there" in capfd.readouterr().err
+    process.kill()
+    process.wait()
+    process = start(*arguments)
+    wait_for(lambda: lines(tmp_path / "run" / "log.jsonl") > 5, process)
+    process.kill()
+    process.wait()
 
 
 def test_torchrun_restarts_a_killed_rank(world, unbroken, tmp_path):
@@ -571,6 +586,29 @@ def test_other_flags_rows_or_model_on_resume_are_refused(world, tmp_path, capfd)
         assert all(word in err for word in words), err
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
     assert train(*arguments, "--workers", "1", "--save-every", "3") is None  # these change no result
+
+
+def test_damaged_files_and_foreign_models_are_one_line(world, tmp_path, capfd):
+    arguments = flags(world, tmp_path / "run", batch_size=40, features=tmp_path / "features")
+    assert train(*arguments) is None
+    shard, = (tmp_path / "features").iterdir()
+    for path in (shard, tmp_path / "run" / "state.pt", tmp_path / "run" / "config.json"):
+        good = path.read_bytes()
+        path.write_bytes(good[:100])
+        assert train(*arguments) == 2
+        assert f"error: {path}: damaged" in capfd.readouterr().err
+        path.write_bytes(good)
+    conftest.make_clip(tmp_path / "base")
+    before = (tmp_path / "base" / "open_clip_model.safetensors").read_bytes()
+    assert train(*flags(world, tmp_path / "base", model=tmp_path / "base", batch_size=40)) == 2
+    assert "holds a model that is no run's" in capfd.readouterr().err
+    assert (tmp_path / "base" / "open_clip_model.safetensors").read_bytes() == before
+
+
+def test_rows_with_a_bom_blank_lines_and_numbers_as_ids(tmp_path):
+    row = {"image_id": 7, "caption": "a", "paraphrase_1": "b", "paraphrase_2": "c"}
+    (tmp_path / "rows.jsonl").write_text(f"\ufeff{json.dumps(row)}\r\n\n{json.dumps({**row, 'image_id': 'x'})}\n\n")
+    assert [row["image_id"] for row in read_rows(tmp_path / "rows.jsonl")] == ["7", "x"]
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(world, tmp_path, capfd):
