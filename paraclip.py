@@ -109,7 +109,7 @@ PATIENCE = datetime.timedelta(hours=12)  # of one rank waiting for another, whic
 
 
 def set_up_ranks():
-    """Join torchrun's process group, or make one of a single process, so that the code below has one case. Returns the device."""
+    """Join torchrun's process group, or make one of a single process: the code below has one case. Returns the device."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -137,7 +137,8 @@ def reading(path):
     except Exception as error:
         if isinstance(error, (InputError, OSError)):
             raise
-        raise InputError(f"{path}: damaged, or of another program ({type(error).__name__}: {error}); delete it") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{path}: damaged, or another program's ({reason}); delete it") from None
 
 
 def open_log(config):
@@ -276,7 +277,7 @@ class TextEncoder(torch.nn.Module):
             cut[prefix + "positional_embedding"] = tower.positional_embedding[:length]
             cut[prefix + "attn_mask"] = tower.attn_mask[:length, :length]
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            text_features = functional_call(self.clip, cut, kwargs={"text": tokens}, tie_weights=False)[1]
+            _, text_features, *_ = functional_call(self.clip, cut, kwargs={"text": tokens}, tie_weights=False)
         return F.normalize(text_features.to(self.clip.logit_scale), dim=-1)  # once more: bf16 has normalised coarsely
 
 
