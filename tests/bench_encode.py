@@ -88,7 +88,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--model", default="ViT-B-32:random")
-    parser.add_argument("--count", type=int, default=512, help="images, and captions, a repeat")
+    parser.add_argument("--count", type=int, default=256, help="images, and captions, a repeat (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="of open_clip's path")
     parser.add_argument("--workers", type=int, default=min(paraclip.CORES, 16))
     parser.add_argument("--images", default="", help="a folder of .jpg (default: drawn ones of COCO's size)")
