@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from generate import (
+    BAR_SECONDS,
     InputError,
     atomic_write,
     flag,
@@ -134,7 +135,7 @@ def encoders(clip, preprocess, tokenizer, image_cache, config):
 
     @torch.no_grad()
     def encode_tokens(tokens):
-        with tqdm(total=len(tokens), desc="text features", unit="text", leave=False, delay=3) as bar:
+        with tqdm(total=len(tokens), desc="text features", unit="text", leave=False, delay=3, mininterval=BAR_SECONDS) as bar:
             for block in torch.stack(tokens).split(TEXTS_AT_ONCE):
                 yield from text_encoder(block)[0].float().cpu()
                 bar.update(len(block))
