@@ -48,13 +48,17 @@ def write_job(folder, count, captions, clip):
                       {"fingerprint": mark, "images": "", "image_ids": json.dumps(names)})
 
 
-def follow(process, log, steps):
-    """The moments at which log.jsonl got each of its first `steps` lines."""
-    moments = []
+def follow(process, folder, steps):
+    """Print what starting took. Returns the moments at which log.jsonl got each of its first `steps` lines."""
+    moments, started = [], time.perf_counter()
     while len(moments) < steps:
         if process.poll() is not None:
             sys.exit(f"paraclip.py ended with exit code {process.returncode} after {len(moments)} steps")
         time.sleep(0.02)
+        if started and (folder / "run" / "config.json").exists():  # written just before the first step
+            print(f"ready for the first step after {time.perf_counter() - started:.1f} s, {largest(folder):.2f} GiB", flush=True)
+            started = 0
+        log = folder / "run" / "log.jsonl"
         lines = log.read_bytes().count(b"\n") if log.exists() else 0
         moments += [time.perf_counter()] * (lines - len(moments))
     return moments
@@ -67,6 +71,11 @@ def processes(folder):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             found += [int(path.parent.name)] * (os.fsencode(folder) in path.read_bytes())
     return found
+
+
+def largest(folder):
+    """GiB at the peak of the largest of processes()."""
+    return max(peak_memory(torch.device("cpu"), pid) for pid in processes(folder)) / 2**30
 
 
 def main():
@@ -90,17 +99,15 @@ def main():
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={flags.ranks}"] if flags.ranks > 1 else []
         command += [ROOT / "paraclip.py", "--rows", folder / "rows.jsonl", "--features", folder / "features", "--model", flags.model]
         command += ["--output", folder / "run", "--batch-size", str(flags.batch_size), "--save-every", "1000000", *more]
-        started = time.perf_counter()
         process = subprocess.Popen([sys.executable, *command])
         try:
-            moments = follow(process, folder / "run" / "log.jsonl", flags.steps)
-            peak = max(peak_memory(torch.device("cpu"), pid) for pid in processes(folder))
+            moments = follow(process, folder, flags.steps)
+            print(f"{flags.rows:,} rows: after {flags.steps} steps the largest process has {largest(folder):.2f} GiB")
         finally:
             for pid in processes(folder):
                 os.kill(pid, signal.SIGKILL)
             process.wait()
     warm = len(moments) // 10
-    print(f"{flags.rows:,} rows: first step done after {moments[0] - started:.1f} s; largest process {peak / 2**30:.2f} GiB")
     if len(moments) > warm + 1:
         rate = (len(moments) - 1 - warm) * flags.batch_size / (moments[-1] - moments[warm])
         print(f"steps {warm + 1} to {len(moments) - 1}: {rate:,.1f} examples/s in all, {rate / flags.ranks:,.1f} a rank; "
