@@ -530,9 +530,9 @@ class Examples(Dataset):
         self.text, ends, ids, image_of_row, self.crc32 = bytearray(), array.array("q", [0]), {}, array.array("q"), 0
         for row in rows:
             image_of_row.append(ids.setdefault(row["image_id"], len(ids)))
-            self.crc32 = zlib.crc32("\n".join(row[key] for key in ROW_KEYS).encode(), self.crc32)
+            self.crc32 = zlib.crc32("\n".join(row[key] for key in ROW_KEYS).encode("utf-8", "replace"), self.crc32)
             for kind in kinds:
-                self.text += row[TEXT_KEYS[kind]].encode()
+                self.text += row[TEXT_KEYS[kind]].encode("utf-8", "replace")  # half an emoji, which JSON can hold
                 ends.append(len(self.text))
         self.ends, self.image_of_row, self.image_ids = np.array(ends), np.array(image_of_row), list(ids)
         self.used = np.arange(len(image_of_row))  # rows: all but the ones whose image can't be read

@@ -605,10 +605,12 @@ def test_damaged_files_and_foreign_models_are_one_line(world, tmp_path, capfd):
     assert (tmp_path / "base" / "open_clip_model.safetensors").read_bytes() == before
 
 
-def test_rows_with_a_bom_blank_lines_and_numbers_as_ids(tmp_path):
+def test_rows_with_a_bom_blank_lines_numbers_as_ids_and_half_an_emoji(tmp_path):
     row = {"image_id": 7, "caption": "a", "paraphrase_1": "b", "paraphrase_2": "c"}
-    (tmp_path / "rows.jsonl").write_text(f"\ufeff{json.dumps(row)}\r\n\n{json.dumps({**row, 'image_id': 'x'})}\n\n")
+    (tmp_path / "rows.jsonl").write_text(f"\ufeff{json.dumps(row)}\r\n\n{json.dumps({**row, 'image_id': 'x', 'caption': chr(0xD83D)})}\n\n")
     assert [row["image_id"] for row in read_rows(tmp_path / "rows.jsonl")] == ["7", "x"]
+    examples = paraclip.Examples(read_rows(tmp_path / "rows.jsonl"), ["T"], open_clip.get_tokenizer("ViT-B-32"))
+    assert torch.equal(examples[np.arange(2)][0]["T"], open_clip.get_tokenizer("ViT-B-32")(["a", "?"]))
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(world, tmp_path, capfd):
