@@ -4,7 +4,8 @@
     python tests/bench_epoch.py --rows 5000000 --batch-size 3072 --steps 200 --peak-tflops 989  # the paper's epoch on an H100
     python tests/bench_epoch.py --ranks 2                  # under torchrun
 
-Rows and features are synthetic, captions as long as the web's. The run is killed after --steps.
+Rows and features are synthetic, captions as long as the web's. The run is killed after --steps. Flags that are not this
+script's go to paraclip.py.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def main():
     started = time.perf_counter()
     tokens = tokenizer(captions)
     print(f"tokenizer: {len(captions) / (time.perf_counter() - started):,.0f} captions/s a worker")
-    flops = 3 * text_flops(clip, tokens) / len(captions)  # of an example
+    flops = 9 * text_flops(clip, tokens) / len(captions)  # of an example: three texts, backward twice a forward
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_job(folder, flags.rows, captions, clip)
