@@ -95,6 +95,7 @@ class Server:
         with contextlib.suppress(KeyboardInterrupt):
             self.loop.run_forever()
         server.close()
+        self.loop.close()
 
 
 class Connection(asyncio.Protocol):
