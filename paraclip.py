@@ -134,16 +134,22 @@ def reading(path):
     """Raise InputError for whatever the reader of a damaged file raises."""
     try:
         yield
+    except (InputError, OSError):
+        raise
     except Exception as error:
-        if isinstance(error, (InputError, OSError)):
-            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{path}: damaged, or another program's ({reason}); delete it") from None
 
 
 def open_log(config):
-    """Open OUTPUT/log.jsonl, locked against a second run. The lock is this process's, not that of its forked workers."""
-    log = open(os.path.join(config.output, "log.jsonl"), "a+")  # noqa: SIM115 - for the whole run
+    """Open OUTPUT/log.jsonl, locked against a second run. The lock is this process's, not that of its forked workers.
+
+    Raises InputError also for a folder that has a model but no log: it is no run's, and would be overwritten.
+    """
+    path = os.path.join(config.output, "log.jsonl")
+    if os.path.exists(os.path.join(config.output, "open_clip_model.safetensors")) and not os.path.exists(path):
+        raise InputError(f"--output {config.output}: holds a model that is no run's; give another --output")
+    log = open(path, "a+")  # noqa: SIM115 - for the whole run
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -622,13 +628,8 @@ def load_state(encoder, optimizer, log, config):
 
 
 def check_same_run(record, path):
-    """Raise InputError if the run that wrote config.json at `path` had other flags, rows or base model than `record`.
-
-    And if there is none, but a model: it is no run's, and would be overwritten.
-    """
+    """Raise InputError if the run that wrote config.json at `path` had other flags, rows or base model than `record`."""
     if not os.path.exists(path):
-        if os.path.exists(os.path.join(os.path.dirname(path), "open_clip_model.safetensors")):
-            raise InputError(f"--output {os.path.dirname(path)}: holds a model that is no run's; give another --output")
         return
     with reading(path), open(path) as file:
         before = json.load(file)

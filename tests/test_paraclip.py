@@ -599,10 +599,12 @@ def test_damaged_files_and_foreign_models_are_one_line(world, tmp_path, capfd):
         assert capfd.readouterr().err.splitlines()[-1].startswith(f"paraclip.py: error: {path}: damaged")
         path.write_bytes(good)
     conftest.make_clip(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text("{}")  # as the Hub's folders have
     before = (tmp_path / "base" / "open_clip_model.safetensors").read_bytes()
     assert train(*flags(world, tmp_path / "base", model=tmp_path / "base", batch_size=40)) == 2
     assert "holds a model that is no run's" in capfd.readouterr().err
     assert (tmp_path / "base" / "open_clip_model.safetensors").read_bytes() == before
+    assert len(list((tmp_path / "base").iterdir())) == 3
 
 
 def test_rows_with_a_bom_blank_lines_numbers_as_ids_and_half_an_emoji(tmp_path):
