@@ -136,7 +136,7 @@ def reading(path):
         yield
     except (InputError, OSError):
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - safetensors, pickle and json each have their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{path}: damaged, or another program's ({reason}); delete it") from None
 
