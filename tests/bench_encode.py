@@ -29,7 +29,7 @@ import paraclip
 
 
 def draw_images(folder, count, rng):
-    """JPEGs of COCO's size and about its weight."""
+    """JPEGs of 640 x 480 pixels, as most of COCO's."""
     for i in range(count):
         blobs = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
         blobs.save(folder / f"{i:06}.jpg", quality=90)
