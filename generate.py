@@ -25,6 +25,7 @@ import itertools
 import json
 import mmap
 import os
+import platform
 import random
 import re
 import shutil
@@ -720,6 +721,152 @@ def main():
         signal.signal(number, signal.default_int_handler)
     config = parse_flags(Config, __doc__)
     return export_chat(config) if config.export_chat else generate(config)
+
+
+# ---------------------------------------------------------------- what the three scripts share
+
+ROW_KEYS = ("image_id", "caption", "paraphrase_1", "paraphrase_2")  # the paper's x_I, T, T', T''
+BAR_SECONDS = 0.3 if sys.stderr.isatty() else 30  # between two states of a progress bar; few of them in a log file
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class InputError(Exception):
+    """What the user must mend: `run` prints it as one line on stderr and exits with code 2."""
+
+
+def run(main):
+    """Call main() and exit with its code; with 2 and one line on stderr for what the user must mend, 130 for Ctrl-C."""
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            advice = "; make room: what is written stays, and the same command resumes" if error.errno in DISK_FULL else ""
+            error = f"{error.filename or 'writing'}: {error.strerror or error}{advice}"
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # under torchrun rank 0 says it first, and the others are ended
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: what is written is kept; run the same command again", file=sys.stderr)
+        sys.exit(130)
+
+
+def at_least(least, kind=int):
+    """An argparse type: a number of `kind`, `least` or more."""
+    def number(text):
+        if not kind(text) >= least:  # so is nan
+            raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
+        return kind(text)
+    return number
+
+
+def damaged(place, error):
+    """The InputError for whatever the reader of a damaged file raised."""
+    return InputError(f"{place}: can't be read: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}")
+
+
+@contextlib.contextmanager
+def reading(path):
+    """The one guard around every reader of a file: what it raises becomes an InputError that names `path`."""
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 - json, csv, tarfile, safetensors and pickle each have their own
+        raise damaged(path, error) from None
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="w"):
+    """Open a file that replaces `path` when the block ends well; if it fails, the old one stays whole."""
+    part = f"{path}.{platform.node()}-{os.getpid()}.part"  # no other process's, on any host that shares the disk
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def expand(patterns):
+    """The files that paths or globs name, each pattern's sorted; a glob leaves out the *.failed.jsonl beside the rows.
+
+    Raises InputError for a pattern that matches nothing.
+    """
+    paths = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern, recursive=True))
+        found = [path for path in found if path == pattern or ".failed." not in os.path.basename(path)] or [pattern]
+        if not os.path.isfile(found[0]):
+            raise InputError(f"{pattern}: {'a folder, not a file' if os.path.isdir(found[0]) else 'no such file'}")
+        paths += found
+    return paths
+
+
+def is_safe(image_id):
+    """True for a relative path that stays below its root, on any system."""
+    return not (image_id.startswith("/") or ".." in image_id.split("/") or {*"\\\0\n\r"} & {*image_id})
+
+
+def json_object(line):
+    """The dict in a line of JSON (bytes). Half an emoji, which JSON can hold and UTF-8 can't, becomes a "?"."""
+    row = json.loads(line.decode().removeprefix("\ufeff"))
+    if b"\\ud" in line.lower():
+        row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
+    if type(row.get("image_id")) is int:
+        row["image_id"] = str(row["image_id"])
+    return row
+
+
+def json_lines(path, check=lambda row: None):
+    """Yield (line number, byte offset, dict) of a JSONL file, without its blank lines.
+
+    Raises InputError at file:line for a line that is no object, or that `check` raises anything for.
+    """
+    offset = 0
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.isspace():
+                try:
+                    row = json_object(line)
+                    check(row)
+                except Exception as error:  # noqa: BLE001 - json's, and those of a value that is no text, dict, ...
+                    raise damaged(f"{path}:{number}", error) from None
+                yield number, offset, row
+            offset += len(line)
+
+
+def check_row(row):
+    """Raise an exception unless the four keys have texts, none of them blank, and image_id stays below its root."""
+    for key in ROW_KEYS:
+        if not row[key].strip():
+            raise ValueError(f'"{key}" is blank')
+    if not is_safe(row["image_id"]):
+        raise ValueError(f'image_id "{row["image_id"]}" points out of the image root')
+
+
+def read_rows(patterns):
+    """Yield (path, byte offset, row) of the JSONL files that paths or globs name. Raises InputError at file:line."""
+    for path in expand(patterns):
+        for _, offset, row in json_lines(path, check_row):
+            yield path, offset, row
+
+
+def tar_files(tar):
+    """Yield the files of an open tarfile. Raises InputError for damage and cuts, which tarfile may take for the end."""
+    with reading(tar.name):
+        for member in iter(tar.next, None):
+            if member.isfile():
+                yield member
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):
+            raise InputError(f"{tar.name}: damaged or cut off at byte {tar.offset:,}")
 
 
 if __name__ == "__main__":
