@@ -11,7 +11,6 @@ The same command resumes a stopped run. The output directory is an open_clip mod
 """
 
 import argparse
-import datetime
 import functools
 import hashlib
 import io
@@ -27,22 +26,21 @@ import warnings
 
 import numpy as np
 import open_clip
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from generate import BAR_SECONDS, InputError, at_least, atomic_write, json_object, read_rows, reading, run, tar_files
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # this rank's
+DTYPE = "bf16" if torch.cuda.is_available() else "fp32"
 TERMS = [f"{a}:{b}" for a, b in itertools.permutations(("I", "T", "T1", "T2"), 2)]
 
 
@@ -51,17 +49,16 @@ def parse_args(argv=None):
                                      allow_abbrev=False)
     add, default = parser.add_argument, " (default: %(default)s)"
     add("--rows", nargs="+", required=True, metavar="JSONL", help="files of generate.py, paths or globs")
-    add("--images", default="", metavar="DIR", help="images or img2dataset's .tar shards; image_id is the path below it")
+    add("--images", default="", metavar="DIR", help="images or img2dataset's .tar shards; image_id: path below it")
     add("--model", default="openai", help="openai, openclip-400m, openclip-2b, openclip-roberta, laclip (section 3.1); "
         "MODEL:TAG, MODEL:FILE or MODEL:random of open_clip; local-dir:DIR or a run directory" + default)
     add("--output", required=True, metavar="DIR", help="run directory; a run that is there is resumed")
-    add("--loss", nargs="+", default=["I:T2", "T:T1", "T1:T2"], choices=TERMS, metavar="A:B",
-        help="InfoNCE terms, pairs of I T T1 T2: section 2.2 and Table 2" + default)
+    add("--loss", nargs="+", default=["I:T2", "T:T1", "T1:T2"], choices=TERMS, metavar="A:B", help="Table 2" + default)
     add("--batch-size", type=at_least(1), default=3072, help="examples a step, over all ranks: Appendix A" + default)
     add("--epochs", type=at_least(1), default=1, help="passes over the rows: Appendix A" + default)
     add("--lr", type=at_least(0, float), default=5e-7, help="annealed to zero by a cosine: Appendix A" + default)
     add("--weight-decay", type=at_least(0, float), default=0.001, help="AdamW's, on matrices: Appendix A" + default)
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast on a GPU (ours)")
+    add("--precision", default=DTYPE, choices=["bf16", "fp32"], help="of the text tower's products: ours" + default)
     add("--seed", type=int, default=0, help="of the order of the rows: ours" + default)
     add("--micro-batch", type=at_least(0), default=0, help="texts encoded at once, to bound memory; 0: all" + default)
     add("--features", default="", metavar="DIR", help="cache of image features for all runs (default: OUTPUT/features)")
@@ -80,7 +77,6 @@ def parse_args(argv=None):
 #   1 / temperature   | logit_scale              | scalar, the model's own, trains (not stated; ours)
 
 TEXT_KEYS = {"T": "caption", "T1": "paraphrase_1", "T2": "paraphrase_2"}
-BLOCK = 1024  # rows of an N x N similarity matrix held at a time, in backward too
 
 
 def info_nce(a, b, logit_scale, rows=slice(None)):
@@ -98,7 +94,7 @@ def info_nce(a, b, logit_scale, rows=slice(None)):
 
 
 class Gather(torch.autograd.Function):
-    """[n, D] of each rank -> [N, D] on every rank, in rank order. Backward: each rank's rows get all ranks' gradients."""
+    """[n, D] of each rank -> [N, D] on every rank, in rank order. Backward: a rank's rows get all ranks' gradients."""
 
     @staticmethod
     def forward(ctx, features):
@@ -116,20 +112,15 @@ class Gather(torch.autograd.Function):
 def loss_terms(encoder, tokens, image_features, pairs):
     """L_total of section 2.2 as its terms, {"I:T2": scalar, ...}: this rank's share of each, over the global batch.
 
-    tokens: {"T": [n, 77], ...} for each text kind that `pairs` names, image_features [n, D]: this rank's n of N examples.
+    tokens: {"T": [n, 77], ...} for each text kind in `pairs`, image_features [n, D]: this rank's n of the N examples.
     """
     text_features, logit_scale = encoder(torch.cat(list(tokens.values())))  # every kind in one call
     features = dict(zip(tokens, text_features.chunk(len(tokens))))
     features["I"] = image_features.to(text_features)
     features = {kind: Gather.apply(features[kind]) for kind in dict.fromkeys(itertools.chain(*pairs))}
-    first = dist.get_rank() * len(image_features)
-    end = first + len(image_features)
-    blocks = [slice(start, min(start + BLOCK, end)) for start in range(first, end, BLOCK)]
-    terms = {}
-    for a, b in pairs:
-        shares = (checkpoint(info_nce, features[a], features[b], logit_scale, rows, use_reentrant=False) for rows in blocks)
-        terms[f"{a}:{b}"] = sum(shares)
-    return terms
+    rows = slice(dist.get_rank() * len(image_features), (dist.get_rank() + 1) * len(image_features))
+    return {f"{a}:{b}": checkpoint(info_nce, features[a], features[b], logit_scale, rows, use_reentrant=False)
+            for a, b in pairs}  # checkpoint: one N x N matrix is held at a time, in backward too
 
 
 class TextEncoder(torch.nn.Module):
@@ -138,67 +129,55 @@ class TextEncoder(torch.nn.Module):
     def __init__(self, clip, micro_batch=0, bf16=False):
         super().__init__()
         self.clip, self.micro_batch, self.bf16 = clip, micro_batch, bf16
-
-    @property
-    def tower(self):
-        """CustomTextCLIP keeps the text tower in `text`, CLIP its parts at the root."""
-        return getattr(self.clip, "text", self.clip)
+        self.tower = getattr(clip, "text", clip)  # CustomTextCLIP's is apart, CLIP's is the model itself
 
     def forward(self, tokens):
-        """tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and the logit scale (a factor, not its log).
+        """tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and the logit scale (a factor, not a log).
 
-        Sorted by length, encoded in chunks, each cut to its longest text: the shorter half, half of the rest, ... (few
-        chunks, little padding). With micro_batch=N the chunks have N texts and keep their features alone; backward
-        encodes them again, one at a time (GradCache's trick: gradients are exact).
+        Sorted by length and encoded in chunks, each cut to its longest text: the shorter half, half of the rest, ...
+        With micro_batch=N, chunks of N texts keep their features alone; backward encodes them again (GradCache): exact.
         """
         lengths, order = self.lengths(tokens).sort()
         n, device = len(tokens), self.clip.logit_scale.device
-        ends = [n - (n >> i) for i in range(1, 6)]
-        if self.micro_batch:
-            ends = list(range(self.micro_batch, n, self.micro_batch))
-        chunks = zip(tokens[order].to(device).tensor_split(ends), lengths.tensor_split(ends))
+        ends = range(self.micro_batch, n, self.micro_batch) if self.micro_batch else [n - (n >> i) for i in range(1, 6)]
+        chunks = zip(tokens[order].to(device).tensor_split(list(ends)), lengths.tensor_split(list(ends)))
         encode = functools.partial(checkpoint, self.encode, use_reentrant=False) if self.micro_batch else self.encode
         text_features = torch.cat([encode(chunk[:, : longest[-1]]) for chunk, longest in chunks if len(chunk)])
         return text_features[order.argsort().to(device)], self.clip.logit_scale.exp()
 
     def lengths(self, tokens):
         """How many tokens of each text [n, 77] can reach its feature: [n]. Those after them may be cut off."""
-        tower = self.tower
-        if isinstance(tower, HFTextEncoder):  # RoBERTa's attention mask leaves out padding
-            return (tokens != tower.config.pad_token_id).sum(1)
-        pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", ""))
-        if pool == "argmax" and tower.attn_mask is not None:  # CLIP's tower is causal and pooled at the end token
+        if isinstance(self.tower, HFTextEncoder):  # RoBERTa's attention mask leaves out padding
+            return (tokens != self.tower.config.pad_token_id).sum(1)
+        pool = getattr(self.tower, "text_pool_type", getattr(self.tower, "pool_type", ""))
+        if pool == "argmax" and self.tower.attn_mask is not None:  # CLIP's is causal, and pooled at the end token
             return tokens.argmax(1) + 1
         return torch.full((len(tokens),), tokens.shape[1])
 
     def encode(self, tokens):
         """tokens [n, L], L <= 77 -> [n, D]: open_clip's own forward with positions and causal mask cut to L."""
-        tower, length, cut = self.tower, tokens.shape[1], {}
-        if not isinstance(tower, HFTextEncoder) and length < len(tower.positional_embedding):
-            prefix = "" if tower is self.clip else "text."
-            cut = {prefix + "positional_embedding": tower.positional_embedding[:length],
-                   prefix + "attn_mask": tower.attn_mask[:length, :length]}
+        length, cut = tokens.shape[1], {}
+        if not isinstance(self.tower, HFTextEncoder) and length < len(self.tower.positional_embedding):
+            at = "" if self.tower is self.clip else "text."
+            cut = {at + "positional_embedding": self.tower.positional_embedding[:length],
+                   at + "attn_mask": self.tower.attn_mask[:length, :length]}
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             _, features, *_ = torch.func.functional_call(self.clip, cut, kwargs={"text": tokens}, tie_weights=False)
         return features.float() if self.bf16 else features
 
 
-MAX_LOGIT_SCALE = math.log(100)  # CLIP's
-BETAS, EPS = (0.9, 0.98), 1e-6  # not stated in the paper; open_clip's for ViT
-
-
 def make_optimizer(encoder, args):
-    """AdamW over all that trains; weight decay on matrices alone (no gains, no biases, not the logit scale: ours)."""
+    """AdamW over all that trains; not stated and ours: open_clip's betas and eps, no decay on gains and biases."""
     trained = [p for p in encoder.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, eps=EPS, fused=trained[0].is_cuda)
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # the logit scale too
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=trained[0].is_cuda)
 
 
 def batches(count, args, first_step):
-    """This rank's part of each global batch from `first_step` on: [n] indices into the `count` rows used.
+    """This rank's part [n] of each global batch from `first_step` on: indices into the `count` rows used.
 
-    Global batch b of an epoch is the b-th slice of one seeded permutation (the last, short one dropped), for any ranks.
+    Batch b of an epoch is the b-th slice of one seeded permutation, for any number of ranks; a short one is dropped.
     """
     rank, n = dist.get_rank(), args.batch_size // dist.get_world_size()
     for step in range(first_step, args.epochs * (count // args.batch_size)):
@@ -210,12 +189,13 @@ def batches(count, args, first_step):
 
 def train(encoder, optimizer, examples, steps, first_step, args):
     """Steps first_step ... steps - 1 on every rank. Raises InputError at a loss that is not finite."""
-    world, started, spoken = dist.get_world_size(), time.monotonic(), -math.inf
+    rank, world, started = dist.get_rank(), dist.get_world_size(), time.monotonic()
     pairs, logit_scale = [term.split(":") for term in args.loss], encoder.clip.logit_scale
     parallel = torch.nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     loader = DataLoader(examples, batch_size=None, sampler=list(batches(len(examples.rows), args, first_step)),
                         num_workers=args.workers, multiprocessing_context="fork" if args.workers else None)
-    for step, (tokens, image_features) in enumerate(loader, first_step):
+    bar = tqdm(loader, "training", steps, unit="step", initial=first_step, mininterval=BAR_SECONDS, disable=rank > 0)
+    for step, (tokens, image_features) in enumerate(bar, first_step):
         lr = args.lr * (1 + math.cos(math.pi * step / steps)) / 2  # Appendix A's cosine; no warm-up: ours
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -230,24 +210,19 @@ def train(encoder, optimizer, examples, steps, first_step, args):
         entry = {"step": step, "loss": values.sum().item(), "terms": dict(zip(terms, values.tolist())), "lr": lr,
                  "logit_scale": logit_scale.exp().item(), "grad_norm": grad_norm.item()}  # before the update
         if not math.isfinite(entry["loss"] + entry["grad_norm"]):
-            raise InputError(f"step {step}: loss {entry['loss']:.4g} with gradient norm {entry['grad_norm']:.4g} is not "
-                             f"finite; {args.output}/state.pt, if there, is the last good state; a lower --lr may help")
+            raise InputError(f"step {step}: loss {entry['loss']:.4g}, gradient norm {entry['grad_norm']:.4g}: not finite; "
+                             f"{args.output}/state.pt, if there, is the last good state; a lower --lr may help")
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            logit_scale.clamp_(0, math.log(100))  # as CLIP's
 
-        if dist.get_rank() == 0:
-            done, now = step + 1 - first_step, time.monotonic()
-            entry["examples_per_s"] = done * args.batch_size / (now - started)
-            entry["eta_s"] = (steps - step - 1) * (now - started) / done
+        if rank == 0:
+            seconds = (time.monotonic() - started) / (step + 1 - first_step)  # a step
+            entry.update(examples_per_s=args.batch_size / seconds, eta_s=(steps - step - 1) * seconds)
             with open(os.path.join(args.output, "log.jsonl"), "a") as log:
                 log.write(json.dumps(entry) + "\n")
-            if now - spoken > 10 or step + 1 == steps:
-                spoken = now
-                shown = "  ".join(f"{name} {value:.4f}" for name, value in entry["terms"].items())
-                print(f"step {step:,} of {steps:,}  loss {entry['loss']:.4f}  ({shown})  {entry['examples_per_s']:,.0f} "
-                      f"examples/s  {tqdm.format_interval(entry['eta_s'])} left", flush=True)
+            bar.set_postfix({"loss": entry["loss"], **entry["terms"]}, refresh=False)
             if (step + 1) % args.save_every == 0 or step + 1 == steps:
                 save_state(encoder, optimizer, step + 1, args)
 
@@ -258,10 +233,11 @@ class Examples:
     def __init__(self, patterns, kinds, tokenizer):
         self.kinds, self.tokenizer, self.features = kinds, tokenizer, None
         files, ids, rows, texts = {}, {}, [], hashlib.sha256()
-        for path, offset, row in tqdm(read_rows(patterns), "reading rows", leave=False, delay=3, disable=dist.get_rank()):
+        for path, offset, row in tqdm(read_rows(patterns), "reading rows", delay=3, disable=dist.get_rank()):
             rows.append((files.setdefault(path, len(files)), offset, ids.setdefault(row["image_id"], len(ids))))
             texts.update("\n".join(row[key] for key in ("image_id", *TEXT_KEYS.values())).encode())
-        self.files, self.image_ids, self.rows, self.checksum = list(files), sorted(ids), np.array(rows), texts.hexdigest()
+        self.files, self.image_ids, self.checksum = list(files), sorted(ids), texts.hexdigest()
+        self.rows = np.array(rows, np.int64).reshape(-1, 3)
         self.rows[:, 2] = np.argsort([ids[image_id] for image_id in self.image_ids])[self.rows[:, 2]]
 
     def __getitem__(self, batch):
@@ -276,8 +252,6 @@ class Examples:
         return {kind: self.tokenizer([row[TEXT_KEYS[kind]] for row in rows]) for kind in self.kinds}, features
 
 
-# ---------------------------------------------------------------- image features: computed once, for all runs
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", "")
 SLICE = 8192  # images a file of the cache
 warnings.filterwarnings("ignore", module="PIL")  # remarks on odd but readable images
@@ -285,90 +259,76 @@ warnings.filterwarnings("ignore", module="PIL")  # remarks on odd but readable i
 
 @functools.lru_cache(maxsize=2)
 def open_shard(path):
-    """An open tar file and its members by name."""
+    """{member name: a function that opens the member} of a tar file."""
     tar = tarfile.open(path, "r:")  # noqa: SIM115 - stays open
-    return tar, {member.name.removeprefix("./"): member for member in tar_files(tar)}
+    return {member.name.removeprefix("./"): functools.partial(tar.extractfile, member) for member in tar_files(tar)}
 
 
 def open_image(root, image_id):
     """The PIL image of a row: a file below `root`, or a member of the tar shard that the id begins with."""
-    folders = image_id.split("/")
-    for extension in EXTENSIONS:
-        if os.path.isfile(path := os.path.join(root, image_id + extension)):
+    for name in [image_id + extension for extension in EXTENSIONS]:
+        if os.path.isfile(path := os.path.join(root, name)):
             return Image.open(path)
-    for depth in range(1, len(folders)):
-        if os.path.isfile(path := os.path.join(root, *folders[:depth]) + ".tar"):
-            tar, members = open_shard(path)
-            for extension in EXTENSIONS:
-                if member := members.get("/".join(folders[depth:]) + extension):
-                    return Image.open(tar.extractfile(member))
+        for i in [i for i, letter in enumerate(name) if letter == "/"]:
+            if os.path.isfile(path := os.path.join(root, name[:i] + ".tar")) and name[i + 1 :] in open_shard(path):
+                return Image.open(open_shard(path)[name[i + 1 :]]())
     raise FileNotFoundError(f"no {os.path.join(root, image_id)}.jpg (.jpeg, .png, .webp), and it is in no .tar")
 
 
 @torch.no_grad()
-def encode_images(clip, preprocess, items, open_item, workers, show=True):
-    """Yield for each item, in order, its L2-normalised feature [D] on the CPU and "", or NaN and why it can't be read.
+def encode_images(clip, preprocess, items, open_item, workers):
+    """Yield of each PIL image open_item(item), in order, its L2-normalised feature [D] and "", or NaN and a reason."""
+    def load(item):
+        try:
+            return preprocess(open_item(item)), ""
+        except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, ValueError and others
+            return preprocess(Image.new("RGB", (8, 8))) * math.nan, " ".join(f"{type(error).__name__}: {error}".split())
 
-    open_item(item) is a PIL image.
-    """
-    def load(batch):  # in a worker
-        images, reasons = [], []
-        for item in batch:
-            try:
-                images.append(preprocess(open_item(item)))
-                reasons.append("")
-            except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, ValueError and others
-                images.append(preprocess(Image.new("RGB", (8, 8))) * math.nan)
-                reasons.append(" ".join(f"{type(error).__name__}: {error}".split()))
-        return torch.stack(images), reasons
-
-    weight, size = clip.logit_scale, 64 if clip.logit_scale.is_cuda else 16
-    loader = DataLoader(items, size, collate_fn=load, num_workers=workers, pin_memory=weight.is_cuda,
+    cuda, collate = clip.logit_scale.is_cuda, lambda batch: default_collate([load(item) for item in batch])
+    loader = DataLoader(items, 64 if cuda else 16, collate_fn=collate, num_workers=workers, pin_memory=cuda,
                         multiprocessing_context="fork" if workers else None)
-    with tqdm(total=len(items), desc="image features", unit="image", mininterval=BAR_SECONDS,
-              disable=not show or not items) as bar:
-        for pixels, reasons in loader:
-            features = clip.encode_image(pixels.to(weight, non_blocking=True), normalize=True)  # to its device and dtype
-            bar.update(len(reasons))
-            yield from zip(features.float().cpu(), reasons)
+    for pixels, reasons in loader:
+        features = clip.encode_image(pixels.to(clip.logit_scale, non_blocking=True), normalize=True)
+        yield from zip(features.float().cpu(), reasons)
 
 
 def cache_image_features(clip, preprocess, image_ids, args):
     """Memory-mapped slices [SLICE, D] of the features of `image_ids`, in fp16, and {image_id: why it can't be read}.
 
-    A slice is a file named by the SHA-256 of image tower, preprocessing, image root and ids: what is there is right by its
-    name, whoever wrote it, and appears whole or not at all. Each rank encodes its share of those that are missing.
+    A slice is a file named by the SHA-256 of image tower, preprocessing, image root and ids: one that is there is right
+    by its name, whoever wrote it, and whole. Each rank encodes its share of those that are missing.
     """
-    folder, everyone = args.features or os.path.join(args.output, "features"), dist.new_group(timeout=PATIENCE)
+    rank, folder = dist.get_rank(), args.features or os.path.join(args.output, "features")
     os.makedirs(folder, exist_ok=True)
     tower, slices = fingerprint(clip.visual, clip.visual.preprocess_cfg, os.path.realpath(args.images)), {}
-    for start in range(0, len(image_ids), SLICE):
-        ids = image_ids[start : start + SLICE]
-        slices[os.path.join(folder, hashlib.sha256("\n".join([tower, *ids]).encode()).hexdigest() + ".safetensors")] = ids
-    missing = [path for path in list(slices)[dist.get_rank() :: dist.get_world_size()] if not os.path.exists(path)]
-    if missing and not os.path.isdir(args.images):
-        raise InputError(f"--images {args.images or 'is not given'}: no such folder, and the loss needs image features")
-    encoded = encode_images(clip, preprocess, [image_id for path in missing for image_id in slices[path]],
-                            functools.partial(open_image, args.images), args.workers, show=dist.get_rank() == 0)
+    for ids in [image_ids[start : start + SLICE] for start in range(0, len(image_ids), SLICE)]:
+        name = hashlib.sha256(json.dumps([tower, ids]).encode()).hexdigest()
+        slices[os.path.join(folder, f"{name}.safetensors")] = ids
+    missing = [path for path in list(slices)[rank :: dist.get_world_size()] if not os.path.exists(path)]
+    todo = [image_id for path in missing for image_id in slices[path]]
+    encoded = encode_images(clip, preprocess, todo, functools.partial(open_image, args.images), args.workers)
+    encoded = iter(tqdm(encoded, "image features", len(todo), mininterval=BAR_SECONDS, disable=rank > 0 or not todo))
     for path in missing:
-        features, reasons = zip(*itertools.islice(encoded, len(slices[path])))
-        bad = {image_id: reason for image_id, reason in zip(slices[path], reasons) if reason}
-        if len(bad) > args.max_bad_images * len(features):
-            encoded.close()
-            raise InputError(f"{len(bad):,} of {len(features):,} images can't be read, and --max-bad-images is "
-                             f"{args.max_bad_images:.2%}; the first: {': '.join(next(iter(bad.items())))}")
+        features, unreadable = [], {}
+        for image_id, (feature, reason) in zip(slices[path], encoded):
+            features.append(feature.half())
+            unreadable |= {image_id: reason} if reason else {}
+            if len(unreadable) > args.max_bad_images * len(slices[path]):
+                encoded.close()
+                raise InputError(f"--images {args.images or 'is not given'}: more than --max-bad-images {args.max_bad_images} "
+                                 f"can't be read, the first: {': '.join(next(iter(unreadable.items())))}")
         with atomic_write(path, "wb") as file:
-            file.write(save({"features": torch.stack(features).half()}, bad))
-    dist.barrier(everyone)
+            file.write(safetensors.torch.save({"features": torch.stack(features)}, unreadable))
+    encoded.close()
     arrays, unreadable = [], {}
     for path in slices:
-        with reading(path), safe_open(path, "pt") as file:
+        while not os.path.exists(path):  # another rank is at it
+            time.sleep(1)
+        with reading(path), safetensors.safe_open(path, "pt") as file:
             arrays.append(file.get_tensor("features"))
             unreadable.update(file.metadata() or {})
     return arrays, unreadable
 
-
-# ---------------------------------------------------------------- models: the five baselines of section 3.1, and any other
 
 BASELINES = {  # name: (open_clip model, weights), all ViT-B/32
     "openai": ("ViT-B-32-quickgelu", "openai"),  # plain ViT-B-32 loads too and is silently wrong
@@ -380,7 +340,7 @@ BASELINES = {  # name: (open_clip model, weights), all ViT-B/32
 
 
 def resolve(name):
-    """The (open_clip model, weights) that a --model names; weights: a tag, a file, "random", or None for a local-dir."""
+    """The (open_clip model, weights) that a --model names; weights: a tag, a file, "random", None for a local-dir."""
     path = name.removeprefix("local-dir:")
     if os.path.isfile(os.path.join(path, "open_clip_model.safetensors")):
         return f"local-dir:{path}", None
@@ -388,13 +348,12 @@ def resolve(name):
     tags = open_clip.list_pretrained_tags_by_model(model)
     if model in open_clip.list_models() and (weights in ("random", *tags) or os.path.isfile(weights)):
         return model, weights
-    raise InputError(f"--model {name}: none of {', '.join(BASELINES)} (laclip's file is from github.com/LijieFan/LaCLIP), no "
-                     "folder with an open_clip_model.safetensors (has the run finished?), no MODEL:FILE, MODEL:random or "
-                     f"MODEL:TAG of open_clip (tags of {model}: {', '.join(tags) or 'none'})")
+    raise InputError(f"--model {name}: none of {', '.join(BASELINES)} (github.com/LijieFan/LaCLIP has its file), no folder "
+                     f"with open_clip_model.safetensors, no MODEL:FILE or MODEL:TAG of open_clip ({', '.join(tags)})")
 
 
 def load_model(name, device="cpu"):
-    """An open_clip model in fp32 and eval mode, its image tower frozen, with its evaluation preprocessing and tokenizer.
+    """An open_clip model in fp32 and eval mode, the image tower frozen, its evaluation preprocessing, its tokenizer.
 
     Eval mode in training too: no dropout (RoBERTa has some), so that a step is a function of weights and batch alone.
     """
@@ -402,16 +361,14 @@ def load_model(name, device="cpu"):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     torch.manual_seed(0)
     logging.disable(logging.ERROR)  # what open_clip logs of a failure, the InputError says
-    with reading(f"--model {name}"), warnings.catch_warnings():
-        if name in BASELINES:  # the activations of BASELINES are on purpose
+    with reading(f"--model {name}"), warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        if name in BASELINES:  # their activations are on purpose; LaCLIP's file holds a Namespace
             warnings.filterwarnings("ignore", "QuickGELU mismatch")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # LaCLIP's file holds one
-            clip = open_clip.create_model(model, None if weights == "random" else weights)
+        clip, _, preprocess = open_clip.create_model_and_transforms(model, None if weights == "random" else weights)
         tokenizer = open_clip.get_tokenizer(model)
         if not isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP)) or clip.logit_bias is not None:
             raise InputError(f"--model {name}: no CLIP with two towers and a softmax loss")
     clip.visual.requires_grad_(False)  # lock_image_tower() leaves the head of a timm tower free
-    preprocess = image_transform_v2(PreprocessCfg(**clip.visual.preprocess_cfg), is_train=False)
     return clip.to(device).eval(), preprocess, tokenizer
 
 
@@ -420,37 +377,29 @@ def fingerprint(module, *more):
     kinds = [(name, type(layer).__name__) for name, layer in module.named_modules()]
     digest = hashlib.sha256(json.dumps([kinds, *more]).encode())
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- the run and its directory
-
-PATIENCE = datetime.timedelta(hours=12)  # of one rank for another that has more images to encode
-# On an H100, cuDNN's attention with a mask can give NaN gradients (pytorch#196678), and builds a plan for each new shape.
-torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def set_up_ranks():
     """Join torchrun's process group, or make one of this process alone: the code has one case. Returns the device."""
-    cuda = torch.cuda.is_available()
+    cuda, world = torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine: on several, the counts of restarts differ
+    store, rank, _ = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    if os.environ.get("LOCAL_WORLD_SIZE") == world:  # one machine: on several, the counts of restarts differ
         # torchrun may keep its store when it restarts, and a rank must not find a dead one's address in it
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask it may give NaN gradients on an H100: pytorch#196678
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=int(world),
                             device_id=device if cuda else None)
     return device
 
 
 def save_state(encoder, optimizer, step, args):
     """Replace OUTPUT/state.pt by the state before `step`: what trains, the optimizer and the step, as plain types."""
-    weights = {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}
-    state = io.BytesIO()  # torch.save straight to a full disk ends in an error of its own
+    weights, state = {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}, io.BytesIO()
     torch.save({"step": step, "seed": args.seed, "weights": weights, "optimizer": optimizer.state_dict()}, state)
     with atomic_write(os.path.join(args.output, "state.pt"), "wb") as file:
         file.write(state.getbuffer())
@@ -472,24 +421,20 @@ def load_state(encoder, optimizer, args):
     return step
 
 
-RESULT_FLAGS = ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed")  # a result depends on them
-
-
 def describe(args, examples, base_model):
     """What config.json keeps. Raises InputError if the run that is in OUTPUT began otherwise."""
-    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=os.path.dirname(os.path.abspath(__file__)), check=False,
-                            capture_output=True, text=True).stdout.strip()  # empty where there is no git
     record = {"flags": vars(args), "rows": {"count": len(examples.rows), "sha256": examples.checksum},
               "base_model": dict(zip(("open_clip", "pretrained", "fingerprint"), (*resolve(args.model), base_model))),
               "versions": {package.__name__: package.__version__ for package in (torch, open_clip, np)},
-              "git_commit": commit or None}
+              "git_commit": subprocess.run("git rev-parse HEAD", shell=True, cwd=os.path.dirname(__file__) or ".",
+                                           check=False, capture_output=True, text=True).stdout.strip() or None}
     path = os.path.join(args.output, "config.json")
     if os.path.exists(path):
         with reading(path), open(path) as file:
             before = json.load(file)
-            was, now = {**before, **before["flags"]}, {**record, **vars(args)}
-            differ = [f"{key} (was {was[key]}, is {now[key]})" for key in (*RESULT_FLAGS, "rows", "base_model")
-                      if was[key] != now[key]]
+            was, now = {**before, **before["flags"]}, {**record, **record["flags"]}
+            depends = ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed", "rows", "base_model")
+            differ = [f"{key} (was {was[key]}, is {now[key]})" for key in depends if was[key] != now[key]]
             record["unreadable"] = before["unreadable"]  # its batches depend on them, whatever can be read by now
         if differ:
             raise InputError(f"{args.output} is a run that began otherwise: {', '.join(differ)}; give another --output")
@@ -498,14 +443,14 @@ def describe(args, examples, base_model):
 
 def export(clip, tokenizer, args):
     """Write the model so that open_clip's "local-dir:OUTPUT" loads it; a Hugging Face tokenizer goes with it."""
-    preprocess_cfg = {key: clip.visual.preprocess_cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-    config = {"model_cfg": open_clip.get_model_config(resolve(args.model)[0]), "preprocess_cfg": preprocess_cfg}
+    model_cfg = open_clip.get_model_config(resolve(args.model)[0])
     with atomic_write(os.path.join(args.output, "open_clip_config.json")) as file:
-        json.dump(config, file, indent=1)
+        json.dump({"model_cfg": model_cfg, "preprocess_cfg": clip.visual.preprocess_cfg}, file, indent=1)
     if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
         tokenizer.save_pretrained(args.output)
+    weights = {name: tensor.contiguous().cpu() for name, tensor in clip.state_dict().items()}
     with atomic_write(os.path.join(args.output, "open_clip_model.safetensors"), "wb") as file:
-        file.write(save({name: tensor.contiguous().cpu() for name, tensor in clip.state_dict().items()}))
+        file.write(safetensors.torch.save(weights))
 
 
 def main():
@@ -513,8 +458,6 @@ def main():
     rank, world = dist.get_rank(), dist.get_world_size()
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} can't be divided among {world} ranks")
-    if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" else "fp32"
     os.makedirs(args.output, exist_ok=True)
     if "open_clip_model.safetensors" in os.listdir(args.output) and "log.jsonl" not in os.listdir(args.output):
         raise InputError(f"--output {args.output}: holds a model that is no run's; give another --output")
@@ -523,7 +466,7 @@ def main():
     kinds = {kind for term in args.loss for kind in term.split(":")}
     examples = Examples(args.rows, sorted(kinds - {"I"}), tokenizer)
     record, unreadable = describe(args, examples, fingerprint(clip)), {}
-    if "I" in kinds and len(examples.rows) >= args.batch_size:
+    if "I" in kinds:
         examples.features, unreadable = cache_image_features(clip, preprocess, examples.image_ids, args)
     unreadable = record.setdefault("unreadable", unreadable)
     good = np.array([image_id not in unreadable for image_id in examples.image_ids], bool)
@@ -539,12 +482,11 @@ def main():
         with atomic_write(os.path.join(args.output, "config.json")) as file:
             json.dump(record, file, indent=1)
         trained, frozen = (sum(p.numel() for p in clip.parameters() if p.requires_grad == x) for x in (True, False))
-        print(f"model   {args.model}: {trained:,} parameters trained, {frozen:,} frozen, {args.precision}\n"
-              f"loss    {' + '.join(args.loss)}; AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}\n"
-              f"rows    {len(examples.rows):,} used of {record['rows']['count']:,}; images that can't be read: "
-              f"{len(unreadable):,} of {len(good):,} {', '.join(list(unreadable)[:5])}\n"
-              f"batch   {args.batch_size:,} = {world} x {args.batch_size // world:,}, {world} {device.type} rank(s)\n"
-              f"steps   {first_step:,} to {steps:,}, {args.epochs} epoch(s), last short batch dropped", flush=True)
+        print(f"model  {args.model}: {trained:,} parameters trained, {frozen:,} frozen, {args.precision}\n"
+              f"loss   {' + '.join(args.loss)}; AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}\n"
+              f"rows   {len(examples.rows):,} of {record['rows']['count']:,}; {len(unreadable):,} of {len(good):,} images "
+              f"can't be read {sorted(unreadable)[:5]}\nsteps  {first_step:,} to {steps:,}, {args.epochs} epoch(s), each step "
+              f"{args.batch_size:,} = {world} x {args.batch_size // world:,} rows", flush=True)
     train(encoder, optimizer, examples, steps, first_step, args)
     if rank == 0:
         export(clip, tokenizer, args)
