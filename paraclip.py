@@ -6,11 +6,9 @@ One process, on a CPU or a GPU:
     python paraclip.py --rows rows.jsonl --images images/ --model openai --output runs/openai --batch-size 256
 The paper's run, 5M rows on 8 GPUs:
     torchrun --standalone --nproc_per_node 8 paraclip.py --rows 'rows/*.jsonl' --images laion/ --output runs/openai
-The same command resumes a stopped run. The output directory is an open_clip model, local-dir:runs/openai.
-"Appendix A" marks the paper's own values, "ours" a choice where it is silent.
+The same command resumes a stopped run; its --output is an open_clip model, local-dir:runs/openai.
 """
 
-import argparse
 import functools
 import hashlib
 import io
@@ -23,6 +21,7 @@ import subprocess
 import tarfile
 import time
 import warnings
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 
 import numpy as np
 import open_clip
@@ -30,7 +29,6 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.hf_model import HFTextEncoder
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
@@ -45,8 +43,7 @@ TERMS = [f"{a}:{b}" for a, b in itertools.permutations(("I", "T", "T1", "T2"), 2
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
     add, default = parser.add_argument, " (default: %(default)s)"
     add("--rows", nargs="+", required=True, metavar="JSONL", help="files of generate.py, paths or globs")
     add("--images", default="", metavar="DIR", help="images or img2dataset's .tar shards; image_id: path below it")
@@ -69,7 +66,6 @@ def parse_args(argv=None):
 
 
 # ---------------------------------------------------------------- losses, section 2.2
-#
 #   paper             | here                     | shape
 #   X_I               | features["I"]            | [N, D], the image tower's, frozen
 #   X_T, X_T', X_T''  | features["T" "T1" "T2"]  | [N, D], the text tower's
@@ -84,8 +80,7 @@ def info_nce(a, b, logit_scale, rows=slice(None)):
 
         1/2N * sum over i of [-log softmax_j(s * a_i.b_j)[i] - log softmax_j(s * b_i.a_j)[i]]
 
-    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `rows`, the share of those i's in the sum: the
-    shares of disjoint rows that make up the batch add up to the loss.
+    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `rows`, the share of those i's in the sum.
     """
     targets = torch.arange(len(a), device=a.device)[rows]
     a_to_b = F.cross_entropy(logit_scale * a[rows] @ b.T, targets, reduction="sum")
@@ -95,7 +90,6 @@ def info_nce(a, b, logit_scale, rows=slice(None)):
 
 class Gather(torch.autograd.Function):
     """[n, D] of each rank -> [N, D] on every rank, in rank order. Backward: a rank's rows get all ranks' gradients."""
-
     @staticmethod
     def forward(ctx, features):
         everyones = features.new_empty(dist.get_world_size() * len(features), features.shape[1])
@@ -125,11 +119,11 @@ def loss_terms(encoder, tokens, image_features, pairs):
 
 class TextEncoder(torch.nn.Module):
     """CLIP's text tower and logit scale: all that trains, and what DistributedDataParallel wraps."""
-
     def __init__(self, clip, micro_batch=0, bf16=False):
         super().__init__()
         self.clip, self.micro_batch, self.bf16 = clip, micro_batch, bf16
         self.tower = getattr(clip, "text", clip)  # CustomTextCLIP's is apart, CLIP's is the model itself
+        self.huggingface = isinstance(self.tower, open_clip.hf_model.HFTextEncoder)
 
     def forward(self, tokens):
         """tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and the logit scale (a factor, not a log).
@@ -147,7 +141,7 @@ class TextEncoder(torch.nn.Module):
 
     def lengths(self, tokens):
         """How many tokens of each text [n, 77] can reach its feature: [n]. Those after them may be cut off."""
-        if isinstance(self.tower, HFTextEncoder):  # RoBERTa's attention mask leaves out padding
+        if self.huggingface:  # RoBERTa's attention mask leaves out padding
             return (tokens != self.tower.config.pad_token_id).sum(1)
         pool = getattr(self.tower, "text_pool_type", getattr(self.tower, "pool_type", ""))
         if pool == "argmax" and self.tower.attn_mask is not None:  # CLIP's is causal, and pooled at the end token
@@ -157,7 +151,7 @@ class TextEncoder(torch.nn.Module):
     def encode(self, tokens):
         """tokens [n, L], L <= 77 -> [n, D]: open_clip's own forward with positions and causal mask cut to L."""
         length, cut = tokens.shape[1], {}
-        if not isinstance(self.tower, HFTextEncoder) and length < len(self.tower.positional_embedding):
+        if not self.huggingface and length < len(self.tower.positional_embedding):
             at = "" if self.tower is self.clip else "text."
             cut = {at + "positional_embedding": self.tower.positional_embedding[:length],
                    at + "attn_mask": self.tower.attn_mask[:length, :length]}
@@ -175,10 +169,7 @@ def make_optimizer(encoder, args):
 
 
 def batches(count, args, first_step):
-    """This rank's part [n] of each global batch from `first_step` on: indices into the `count` rows used.
-
-    Batch b of an epoch is the b-th slice of one seeded permutation, for any number of ranks; a short one is dropped.
-    """
+    """This rank's [n] rows of each global batch, a slice of one seeded permutation an epoch: the same for any ranks."""
     rank, n = dist.get_rank(), args.batch_size // dist.get_world_size()
     for step in range(first_step, args.epochs * (count // args.batch_size)):
         epoch, b = divmod(step, count // args.batch_size)
@@ -201,8 +192,7 @@ def train(encoder, optimizer, examples, steps, first_step, args):
             group["lr"] = lr
 
         terms = loss_terms(parallel, tokens, image_features, pairs)
-        # DDP sends gradients while backward still runs, and takes the mean over the ranks: their shares want the sum.
-        (world * sum(terms.values())).backward()
+        (world * sum(terms.values())).backward()  # DDP sends while it runs, and takes the mean: shares want the sum
 
         values = torch.stack(list(terms.values())).detach()
         dist.all_reduce(values)
@@ -210,13 +200,12 @@ def train(encoder, optimizer, examples, steps, first_step, args):
         entry = {"step": step, "loss": values.sum().item(), "terms": dict(zip(terms, values.tolist())), "lr": lr,
                  "logit_scale": logit_scale.exp().item(), "grad_norm": grad_norm.item()}  # before the update
         if not math.isfinite(entry["loss"] + entry["grad_norm"]):
-            raise InputError(f"step {step}: loss {entry['loss']:.4g}, gradient norm {entry['grad_norm']:.4g}: not finite; "
-                             f"{args.output}/state.pt, if there, is the last good state; a lower --lr may help")
+            raise InputError(f"step {step}: loss {entry['loss']:.4g}, gradient {entry['grad_norm']:.4g}: not finite; "
+                             f"{args.output}/state.pt, if there, is the last good state")
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             logit_scale.clamp_(0, math.log(100))  # as CLIP's
-
         if rank == 0:
             seconds = (time.monotonic() - started) / (step + 1 - first_step)  # a step
             entry.update(examples_per_s=args.batch_size / seconds, eta_s=(steps - step - 1) * seconds)
@@ -229,11 +218,10 @@ def train(encoder, optimizer, examples, steps, first_step, args):
 
 class Examples:
     """The rows that training uses: of each its file, its byte offset and the place of its image in `image_ids`."""
-
     def __init__(self, patterns, kinds, tokenizer):
         self.kinds, self.tokenizer, self.features = kinds, tokenizer, None
         files, ids, rows, texts = {}, {}, [], hashlib.sha256()
-        for path, offset, row in tqdm(read_rows(patterns), "reading rows", delay=3, disable=dist.get_rank()):
+        for path, offset, row in tqdm(read_rows(patterns), "rows", mininterval=BAR_SECONDS, disable=dist.get_rank()):
             rows.append((files.setdefault(path, len(files)), offset, ids.setdefault(row["image_id"], len(ids))))
             texts.update("\n".join(row[key] for key in ("image_id", *TEXT_KEYS.values())).encode())
         self.files, self.image_ids, self.checksum = list(files), sorted(ids), texts.hexdigest()
@@ -295,8 +283,8 @@ def encode_images(clip, preprocess, items, open_item, workers):
 def cache_image_features(clip, preprocess, image_ids, args):
     """Memory-mapped slices [SLICE, D] of the features of `image_ids`, in fp16, and {image_id: why it can't be read}.
 
-    A slice is a file named by the SHA-256 of image tower, preprocessing, image root and ids: one that is there is right
-    by its name, whoever wrote it, and whole. Each rank encodes its share of those that are missing.
+    A slice is a file named by the SHA-256 of tower, preprocessing, image root and ids: what is there is right by name,
+    and whole. Each rank encodes its share of those that are missing.
     """
     rank, folder = dist.get_rank(), args.features or os.path.join(args.output, "features")
     os.makedirs(folder, exist_ok=True)
@@ -315,11 +303,11 @@ def cache_image_features(clip, preprocess, image_ids, args):
             unreadable |= {image_id: reason} if reason else {}
             if len(unreadable) > args.max_bad_images * len(slices[path]):
                 encoded.close()
-                raise InputError(f"--images {args.images or 'is not given'}: more than --max-bad-images {args.max_bad_images} "
-                                 f"can't be read, the first: {': '.join(next(iter(unreadable.items())))}")
+                raise InputError(f"--images {args.images or 'is not given'}: more than --max-bad-images can't be read, "
+                                 f"the first: {': '.join(next(iter(unreadable.items())))}")
         with atomic_write(path, "wb") as file:
             file.write(safetensors.torch.save({"features": torch.stack(features)}, unreadable))
-    encoded.close()
+    next(encoded, None)  # and the bar ends
     arrays, unreadable = [], {}
     for path in slices:
         while not os.path.exists(path):  # another rank is at it
@@ -348,20 +336,17 @@ def resolve(name):
     tags = open_clip.list_pretrained_tags_by_model(model)
     if model in open_clip.list_models() and (weights in ("random", *tags) or os.path.isfile(weights)):
         return model, weights
-    raise InputError(f"--model {name}: none of {', '.join(BASELINES)} (github.com/LijieFan/LaCLIP has its file), no folder "
-                     f"with open_clip_model.safetensors, no MODEL:FILE or MODEL:TAG of open_clip ({', '.join(tags)})")
+    raise InputError(f"--model {name}: none of {', '.join(BASELINES)} (of github.com/LijieFan/LaCLIP), no folder with "
+                     f"open_clip_model.safetensors, no MODEL:FILE or MODEL:TAG of open_clip ({', '.join(tags)})")
 
 
 def load_model(name, device="cpu"):
-    """An open_clip model in fp32 and eval mode, the image tower frozen, its evaluation preprocessing, its tokenizer.
-
-    Eval mode in training too: no dropout (RoBERTa has some), so that a step is a function of weights and batch alone.
-    """
+    """An open_clip model in fp32, its image tower frozen, with preprocessing and tokenizer. Raises InputError."""
     model, weights = resolve(name)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     torch.manual_seed(0)
     logging.disable(logging.ERROR)  # what open_clip logs of a failure, the InputError says
-    with reading(f"--model {name}"), warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+    with reading(f"--model {name}"), warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
         if name in BASELINES:  # their activations are on purpose; LaCLIP's file holds a Namespace
             warnings.filterwarnings("ignore", "QuickGELU mismatch")
         clip, _, preprocess = open_clip.create_model_and_transforms(model, None if weights == "random" else weights)
@@ -369,7 +354,7 @@ def load_model(name, device="cpu"):
         if not isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP)) or clip.logit_bias is not None:
             raise InputError(f"--model {name}: no CLIP with two towers and a softmax loss")
     clip.visual.requires_grad_(False)  # lock_image_tower() leaves the head of a timm tower free
-    return clip.to(device).eval(), preprocess, tokenizer
+    return clip.to(device).eval(), preprocess, tokenizer  # eval: no dropout, a step is exact
 
 
 def fingerprint(module, *more):
@@ -386,9 +371,8 @@ def set_up_ranks():
     cuda, world = torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
     store, rank, _ = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    if os.environ.get("LOCAL_WORLD_SIZE") == world:  # one machine: on several, the counts of restarts differ
-        # torchrun may keep its store when it restarts, and a rank must not find a dead one's address in it
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    if os.environ.get("LOCAL_WORLD_SIZE") == world:  # one machine: elsewhere the counts of restarts differ
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # or dead ranks' keys are found
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask it may give NaN gradients on an H100: pytorch#196678
@@ -407,18 +391,17 @@ def save_state(encoder, optimizer, step, args):
 
 def load_state(encoder, optimizer, args):
     """Load OUTPUT/state.pt if there is one, cut the log to the steps before it, and return the step to resume at."""
-    path, step = os.path.join(args.output, "state.pt"), 0
+    path, state = os.path.join(args.output, "state.pt"), {"step": 0}
     if os.path.exists(path):
         with reading(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             encoder.load_state_dict(state["weights"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
     if dist.get_rank() == 0:
         with open(os.path.join(args.output, "log.jsonl"), "a+") as log:
             log.seek(0)
-            log.truncate(sum(len(line) for line in itertools.islice(log, step)))
-    return step
+            log.truncate(sum(len(line) for line in itertools.islice(log, state["step"])))
+    return state["step"]
 
 
 def describe(args, examples, base_model):
@@ -474,7 +457,6 @@ def main():
     steps = args.epochs * (len(examples.rows) // args.batch_size)
     if not steps:
         raise InputError(f"--rows: {len(examples.rows)} rows to train on are fewer than --batch-size {args.batch_size}")
-
     encoder = TextEncoder(clip, args.micro_batch, args.precision == "bf16")
     optimizer = make_optimizer(encoder, args)
     first_step = load_state(encoder, optimizer, args)
@@ -484,8 +466,8 @@ def main():
         trained, frozen = (sum(p.numel() for p in clip.parameters() if p.requires_grad == x) for x in (True, False))
         print(f"model  {args.model}: {trained:,} parameters trained, {frozen:,} frozen, {args.precision}\n"
               f"loss   {' + '.join(args.loss)}; AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}\n"
-              f"rows   {len(examples.rows):,} of {record['rows']['count']:,}; {len(unreadable):,} of {len(good):,} images "
-              f"can't be read {sorted(unreadable)[:5]}\nsteps  {first_step:,} to {steps:,}, {args.epochs} epoch(s), each step "
+              f"rows   {len(examples.rows):,} of {record['rows']['count']:,}; {len(unreadable):,} images can't be read "
+              f"{sorted(unreadable)[:5]}\nsteps  {first_step:,} to {steps:,}, {args.epochs} epoch(s), each step "
               f"{args.batch_size:,} = {world} x {args.batch_size // world:,} rows", flush=True)
     train(encoder, optimizer, examples, steps, first_step, args)
     if rank == 0:

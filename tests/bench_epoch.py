@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_train import peak_memory, random_captions, text_flops
-from safetensors.torch import save_file
-from tqdm import trange
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,18 +34,17 @@ PAPER_ROWS = 5_000_000
 
 
 def write_job(folder, count, captions, clip):
-    """Rows, and the cache of their images' features."""
-    mark, width = paraclip.fingerprint(clip.visual, clip.visual.preprocess_cfg), clip.text_projection.shape[-1]
-    (folder / "features").mkdir()
+    """Rows, and the cache of their images' features, written by paraclip.py as if it had encoded images."""
+    ids = [f"{i // 10_000:05}/{i:09}" for i in range(count)]
     with open(folder / "rows.jsonl", "w") as rows:
-        for start in trange(0, count, paraclip.SHARD, desc="writing", leave=False):
-            names = [f"{i // 10_000:05}/{i:09}" for i in range(start, min(start + paraclip.SHARD, count))]
-            for i, name in enumerate(names, start):
-                texts = {key: captions[(7 * i + 13 * k) % len(captions)] for k, key in enumerate(ROW_KEYS[1:])}
-                rows.write(json.dumps({"image_id": name, **texts}) + "\n")
-            features = torch.nn.functional.normalize(torch.randn(len(names), width), dim=-1).half()
-            save_file({"features": features}, folder / "features" / f"{start:09}.safetensors",
-                      {"fingerprint": mark, "images": "", "image_ids": json.dumps(names)})
+        for i, image_id in enumerate(tqdm(ids, "writing", leave=False)):
+            texts = {key: captions[(7 * i + 13 * k) % len(captions)] for k, key in enumerate(ROW_KEYS[1:])}
+            rows.write(json.dumps({"image_id": image_id, **texts}) + "\n")
+    features = torch.nn.functional.normalize(torch.randn(paraclip.SLICE, clip.text_projection.shape[-1]), dim=-1)
+    paraclip.encode_images = lambda clip, preprocess, items, *_: ((features[i % paraclip.SLICE], "") for i in range(len(items)))
+    paraclip.set_up_ranks()
+    flags = ["--rows", "", "--output", "", "--images", str(folder), "--features", str(folder / "features")]
+    paraclip.cache_image_features(clip, None, ids, paraclip.parse_args(flags))
 
 
 def follow(process, folder, steps):
@@ -98,8 +96,8 @@ def main():
         folder = Path(folder)
         write_job(folder, flags.rows, captions, clip)
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={flags.ranks}"] if flags.ranks > 1 else []
-        command += [ROOT / "paraclip.py", "--rows", folder / "rows.jsonl", "--features", folder / "features", "--model", flags.model]
-        command += ["--output", folder / "run", "--batch-size", str(flags.batch_size), "--save-every", "1000000", *more]
+        command += [ROOT / "paraclip.py", "--rows", folder / "rows.jsonl", "--images", folder, "--model", flags.model]
+        command += ["--features", folder / "features", "--output", folder / "run", "--batch-size", str(flags.batch_size), "--save-every", "1000000", *more]
         process = subprocess.Popen([sys.executable, *command])
         try:
             moments = follow(process, folder, flags.steps)

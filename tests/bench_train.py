@@ -55,8 +55,8 @@ def peak_memory(device, process="self"):
 
 def text_flops(clip, tokens):
     """Floating-point operations of the text tower's forward over texts [n, 77], padding left out."""
-    lengths = paraclip.TextEncoder(clip).lengths(tokens).double()
-    tower = paraclip.text_tower(clip)
+    encoder = paraclip.TextEncoder(clip)
+    lengths, tower = encoder.lengths(tokens).double(), encoder.tower
     layers, width = len(tower.transformer.resblocks), tower.positional_embedding.shape[-1]
     return layers * (24 * width**2 * lengths + 4 * width * lengths**2).sum().item()
 
