@@ -221,7 +221,7 @@ class Examples:
     def __init__(self, patterns, kinds, tokenizer):
         self.kinds, self.tokenizer, self.features = kinds, tokenizer, None
         files, ids, rows, texts = {}, {}, [], hashlib.sha256()
-        for path, offset, row in tqdm(read_rows(patterns), "rows", mininterval=BAR_SECONDS, disable=dist.get_rank()):
+        for path, offset, row in tqdm(read_rows(patterns), delay=3, mininterval=BAR_SECONDS, disable=dist.get_rank()):
             rows.append((files.setdefault(path, len(files)), offset, ids.setdefault(row["image_id"], len(ids))))
             texts.update("\n".join(row[key] for key in ("image_id", *TEXT_KEYS.values())).encode())
         self.files, self.image_ids, self.checksum = list(files), sorted(ids), texts.hexdigest()

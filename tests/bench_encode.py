@@ -37,10 +37,12 @@ def draw_images(folder, count, rng):
 
 def plain_images(clip, preprocess, paths, flags, device):
     """open_clip's way."""
-    images = paraclip.Images(paths, Image.open, preprocess)
+    def load(batch):
+        return torch.stack([preprocess(Image.open(path)) for path in batch])
+
     with torch.no_grad():
         return torch.cat([clip.encode_image(batch.to(device), normalize=True).float().cpu()
-                          for batch in DataLoader(images, flags.batch_size, num_workers=flags.workers)])
+                          for batch in DataLoader(paths, flags.batch_size, collate_fn=load, num_workers=flags.workers)])
 
 
 def plain_texts(clip, tokenizer, captions, flags, device):
@@ -53,10 +55,8 @@ def plain_texts(clip, tokenizer, captions, flags, device):
 def cached(clip, preprocess, paths, flags):
     """paraclip.py's feature cache, empty at first, written and read."""
     with tempfile.TemporaryDirectory() as output:
-        config = paraclip.Config(rows=[""], output=output, images=str(paths[0].parent), workers=flags.workers)
-        arrays, places = paraclip.cache_image_features(clip, preprocess, [path.name for path in paths], config)
-        features = np.concatenate(arrays)
-        return torch.from_numpy(features[[places[path.name] for path in paths]]).float()
+        args = paraclip.parse_args(["--rows", "", "--output", output, "--images", str(paths[0].parent), "--workers", str(flags.workers)])
+        return torch.cat(paraclip.cache_image_features(clip, preprocess, [path.name for path in paths], args)[0]).float()
 
 
 def tower_alone(clip, count, flags, device):
@@ -108,8 +108,8 @@ def main():
         paths = sorted(folder.glob("*.jpg"))[: flags.count]
 
         def encoders():
-            config = evaluate.Config(data=str(folder), workers=flags.workers)
-            return evaluate.encoders(clip, preprocess, tokenizer, {}, config)
+            args = evaluate.parse_args([flags.model, "--data", str(folder), "--workers", str(flags.workers)])
+            return evaluate.encoders(clip, preprocess, tokenizer, {}, args)
 
         compare("texts", len(captions), {
             "open_clip, texts": lambda: plain_texts(clip, tokenizer, captions, flags, device),

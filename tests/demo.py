@@ -262,9 +262,9 @@ def make_sts(folder, rng):
         same = [a == b for x, y in zip(one[:2], mixed[:2]) for a, b in zip(x, y)] + [one[2] == mixed[2]]
         return f"{5 * sum(same) / len(same):.3f}", query(one, rng, 0.5, form), query(mixed, rng, 0.5, (form + 1) % 3)
 
-    from evaluate import SUBSETS
+    from evaluate import STS
 
-    for year, names in SUBSETS.items():
+    for year, names in [*STS.items()][:5]:
         (folder / f"{year}-en-test").mkdir()
         for subset in names.split():
             lines = [pair(k % 3) for k in range(50)]

@@ -2,9 +2,9 @@
 
     python tests/flickr8k.py FLICKR8K --model openai --output flickr8k-runs
 
-FLICKR8K is the folder as people download it: Images/*.jpg and captions.txt (image,caption; five an image). Caption 1, made as
-noisy as the web's, stands for T, captions 2 and 3 of other people for T' and T''. The --test photos whose names have the
-smallest MD5 are the benchmark, the others train. What is finished is not done again. Prints Table 2, writes table.json.
+FLICKR8K is the folder as people download it: Images/*.jpg and captions.txt (image,caption; five an image). Caption 1,
+made as noisy as the web's, stands for T, other people's captions 2 and 3 for T' and T''. The --test photos whose names
+have the smallest MD5 are the benchmark, the others train. What is finished is not done again. Prints Table 2.
 """
 
 import argparse
@@ -30,14 +30,14 @@ TABLE_2 = ["I:T", "T:T1 T1:T2", "I:T I:T1", "I:T I:T1 I:T2", "I:T T:T1", "I:T1 T
 
 
 def read_flickr8k(folder, test):
-    """{photo's file name: its captions}, by the MD5 of the name, as two parts: the first `test` photos, and the others."""
+    """{photo's file name: its captions}, by the MD5 of the name, in two parts: the first `test` photos, the others."""
     captions, path = {}, folder / "captions.txt"
     with reading(path), open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             captions.setdefault(row["image"], []).append(row["caption"])
     there = [name for name in captions if (folder / "Images" / name).is_file()]
     if len(there) <= test:
-        raise InputError(f"{folder}/Images: has {len(there)} of the {len(captions)} photos in captions.txt, and --test is {test}")
+        raise InputError(f"{folder}/Images: {len(there)} of the {len(captions)} photos in captions.txt, --test takes {test}")
     order = sorted(there, key=lambda name: hashlib.md5(name.encode()).hexdigest())
     return [{name: captions[name] for name in names} for names in (order[:test], order[test:])]
 
@@ -51,7 +51,7 @@ def write_rows(path, photos):
 
 
 def write_benchmarks(folder, images, photos, data):
-    """COCO's layout on `photos`, captions 2 and 3 as query and paraphrase; links to `data`'s STS and ImageNet if there."""
+    """COCO's layout on `photos`, captions 2 and 3 as query and paraphrase; links to `data`'s STS and ImageNet."""
     for path in ("coco/val2017", "coco/annotations"):
         (folder / path).mkdir(parents=True, exist_ok=True)
     links = {folder / "coco/val2017" / name: images / name for name in photos}
@@ -70,8 +70,9 @@ def write_benchmarks(folder, images, photos, data):
 
 def command(script, log, *arguments):
     """Run a script, what it says in the file `log`. Raises InputError with its last line if it fails."""
+    words = [sys.executable, ROOT / script, *map(str, arguments)]
     with open(log, "ab") as file:
-        code = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=False, stdout=file, stderr=file).returncode
+        code = subprocess.run(words, check=False, stdout=file, stderr=file).returncode
     if code:
         raise InputError(f"{script} ended with exit code {code}; {log}: {log.read_text().rstrip().splitlines()[-1]}")
 
@@ -79,28 +80,29 @@ def command(script, log, *arguments):
 def train(output, flags, args):
     """One run of paraclip.py, unless it is finished."""
     record, values = output / "config.json", {"batch_size": args.batch_size, "lr": args.lr, "epochs": args.epochs}
-    if (output / "open_clip_model.safetensors").exists() and record.exists():
+    if (output / "open_clip_model.safetensors").exists():
         with reading(record):
             there = json.loads(record.read_text())["flags"]
             if all(there[name] == value for name, value in values.items()):
                 return
-    output.mkdir(parents=True, exist_ok=True)
     command("paraclip.py", output.with_suffix(".txt"), *flags, "--output", output, "--model", args.model,
             *(word for name, value in values.items() for word in ("--" + name.replace("_", "-"), value)))
 
 
 def summarise(results, runs):
     """{"": the base's figures, loss: {column: {"mean", "deviation", "difference"}}} from evaluate.py's results."""
-    figures = {model["name"]: {column: value for task in model["tasks"].values() for column, value in task["figures"].items()}
-               for model in results["models"]}
+    figures = {model["name"]: {} for model in results["models"]}
+    for model in results["models"]:
+        for task in model["tasks"].values():
+            figures[model["name"]] |= task["figures"]
     base, *_ = figures.values()
     table = {"": {column: {"mean": value} for column, value in base.items()}}
     for loss, outputs in runs.items():
-        for column, value in base.items():
+        table[loss] = {}
+        for column, before in base.items():
             values = [figures[str(output)][column] for output in outputs]
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            cell = {"mean": statistics.fmean(values), "deviation": deviation, "difference": statistics.fmean(values) - value}
-            table.setdefault(loss, {})[column] = cell
+            mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            table[loss][column] = {"mean": mean, "deviation": deviation, "difference": mean - before}
     return table
 
 
@@ -108,8 +110,8 @@ def markdown(table):
     columns = list(table[""])
     lines = [f"| losses | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for loss, cells in table.items():
-        shown = [f"{cell['mean']:.1f}" + (f" ± {cell['deviation']:.1f} ({cell['difference']:+.1f})" if loss else "")
-                 for cell in cells.values()]
+        cell = "{mean:.1f} ± {deviation:.1f} ({difference:+.1f})" if loss else "{mean:.1f}"
+        shown = [cell.format(**cells[column]) for column in columns]
         lines.append(f"| {f'`{loss}`' if loss else 'none'} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -120,7 +122,7 @@ def main():
     add("folder", type=Path, metavar="FLICKR8K", help="with Images/ and captions.txt")
     add("--model", default="openai", help="as paraclip.py's" + default)
     add("--output", type=Path, default=Path("flickr8k-runs"), help="folder for everything" + default)
-    add("--losses", nargs="+", default=TABLE_2, metavar="LOSS", help='each as "I:T2 T:T1 T1:T2" (default: all of Table 2)')
+    add("--losses", nargs="+", default=TABLE_2, metavar="LOSS", help='each as "I:T2 T:T1" (default: all of Table 2)')
     add("--seeds", type=at_least(1), default=3, help="runs a loss" + default)
     add("--test", type=at_least(10), default=1000, help="photos of the benchmark" + default)
     add("--batch-size", type=at_least(1), default=500, help="examples a step" + default)
@@ -139,8 +141,8 @@ def main():
     for output, loss, seed in tqdm(jobs, "runs of paraclip.py", unit="run"):
         train(output, ["--rows", args.output / "rows.jsonl", "--images", args.folder / "Images", "--features",
                        args.output / "features", "--loss", *loss.split(), "--seed", seed], args)
-    print(f"evaluating {len(jobs) + 1} models; what evaluate.py says: {args.output}/evaluate.txt", flush=True)
-    models = [output for output, loss, _ in sorted(jobs, key=lambda job: job[1] != PARACLIP)]  # Figure 3: the base and it
+    print(f"evaluating {len(jobs) + 1} models, see {args.output}/evaluate.txt", flush=True)
+    models = [output for output, loss, _ in sorted(jobs, key=lambda job: job[1] != PARACLIP)]  # for Figure 3
     command("evaluate.py", args.output / "evaluate.txt", args.model, *models, "--data", args.output / "benchmarks",
             "--json", args.output / "results.json", "--gallery", args.output / "figure3.png")
     table = summarise(json.loads((args.output / "results.json").read_text()), runs)

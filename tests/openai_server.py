@@ -44,6 +44,7 @@ class Reply:
     body: bytes | None = None
     delay: float = 0.0  # seconds
     reset: bool = False  # cut the connection in mid-answer
+    trickle: float = 0.0  # seconds between one byte and the next
 
     def encode(self):
         body = self.body
@@ -137,9 +138,19 @@ class Connection(asyncio.Protocol):
         if self.transport.is_closing():
             return
         data = reply.encode()
+        if reply.trickle:
+            head = data.index(b"\r\n\r\n") + 4
+            self.transport.write(data[:head])
+            self.drip(data[head:], reply.trickle)
+            return
         self.transport.write(data[: len(data) // 2] if reply.reset else data)
         if reply.reset:
             self.transport.close()
+
+    def drip(self, data, pause):
+        if data and not self.transport.is_closing():
+            self.transport.write(data[:1])
+            self.server.loop.call_later(pause, self.drip, data[1:], pause)
 
 
 def main():

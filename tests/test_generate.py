@@ -1,7 +1,10 @@
 """generate.py as its users run it: a process of its own against a real HTTP server on loopback."""
 
+import csv
 import email.utils
+import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -17,23 +20,13 @@ from pathlib import Path
 import pytest
 from openai_server import Reply, Server, reword
 
-from generate import (
-    PROMPTS,
-    ROW_KEYS,
-    Config,
-    Endpoint,
-    fault,
-    retry_after,
-    tidy,
-    two_step,
-)
+from generate import PROMPTS, ROW_KEYS, Endpoint, fault, parse_args, tidy, two_step
 
 SCRIPT = Path(__file__).parent.parent / "generate.py"
 KEY = "sk-loopback-0123456789abcdef"
 # the same script with the longest jitter that full jitter can draw, or a hundredth of it
 JITTER = "import random, runpy, sys; random.uniform = lambda a, b: b * {}; sys.argv = sys.argv[1:]; " \
          "runpy.run_path(sys.argv[0], run_name='__main__')"
-
 
 def start(*args, server=None, jitter=None, key=KEY, **options):
     """generate.py as a process, in the folder `cwd`."""
@@ -44,11 +37,10 @@ def start(*args, server=None, jitter=None, key=KEY, **options):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*python, SCRIPT, *map(str, args)], env=env, **pipes, **options)
 
-
-def run(*args, code=0, stdin="", timeout=60, **options):
+def run(*args, code=0, timeout=60, **options):
     """The finished process; its exit code must be `code`, and neither a traceback nor the key may show."""
-    process = start(*args, stdin=subprocess.PIPE, **options)
-    out, err = process.communicate(stdin, timeout)
+    process = start(*args, **options)
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, out + err
     assert "Traceback" not in err
     assert KEY not in out + err
@@ -56,16 +48,12 @@ def run(*args, code=0, stdin="", timeout=60, **options):
     process.error = re.split(r"[\r\n]", err.rstrip())[-1]  # the last line of stderr
     return process
 
-
 def lines(path):
-    path = Path(path)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
 
 def write_captions(folder, number, words="a small dog number {}"):
     (folder / "captions.txt").write_text("".join(words.format(n) + "\n" for n in range(1, number + 1)))
     return "captions.txt", "--output", "rows.jsonl"
-
 
 def tar(members):
     """The bytes of a tar file."""
@@ -77,57 +65,49 @@ def tar(members):
             archive.addfile(member, io.BytesIO(data))
     return file.getvalue()
 
-
 # ---------------------------------------------------------------- the method
 
-
-def test_the_outputs_folder_is_made(tmp_path):
-    captions, flag, _ = write_captions(tmp_path, 3)
-    with Server() as server:
-        run(captions, flag, "new/rows.jsonl", server=server, cwd=tmp_path)
-    assert len(lines(tmp_path / "new" / "rows.jsonl")) == 3
-
-
 def test_two_steps_with_the_papers_prompts_and_parameters(tmp_path):
-    """Section 2.1 and Appendix A, as they go over the wire."""
+    """Section 2.1 and Appendix A, as they go over the wire; the output's folder is made."""
     assert PROMPTS == (
         'Paraphrase the given caption "{}" concisely while preserving the meaning.',
         'Paraphrase the given text "{}" concisely while preserving the meaning and avoiding use of existing words.',
     )
-    answers = ["Reversible jacket for boys", "Boys' coat that can be flipped over"]
+    caption, *answers = "Boys REVERSIBLE jacket, SKU#1234.jpg", "Reversible jacket for boys", "Boys' coat that can be flipped"
+    (tmp_path / "captions.txt").write_text(caption + "\n")
     with Server(lambda request: answers[request.number]) as server:
-        (tmp_path / "captions.txt").write_text("Boys REVERSIBLE jacket, SKU#1234.jpg\n")
-        run("captions.txt", "--output", "rows.jsonl", server=server, cwd=tmp_path)
-    caption = "Boys REVERSIBLE jacket, SKU#1234.jpg"
-    assert [request.body["messages"] for request in server.requests] == [
-        [{"role": "user", "content": PROMPTS[0].replace("{}", caption)}],
-        [{"role": "user", "content": PROMPTS[1].replace("{}", answers[0])}],
-    ]
-    for request in server.requests:
-        options = {name: value for name, value in request.body.items() if name != "messages"}
-        assert options == {"model": "gpt-3.5-turbo", "temperature": 1.0, "top_p": 0.1, "max_tokens": 512}
+        prices = ("--price-in", 1000, "--price-out", 10_000)
+        done = run("captions.txt", "--output", "new/rows.jsonl", *prices, server=server, cwd=tmp_path)
+    for request, prompt, source in zip(server.requests, PROMPTS, (caption, answers[0]), strict=True):
+        assert request.body == {"model": "gpt-4o-mini", "temperature": 1.0, "top_p": 0.1, "max_tokens": 512,
+                                "messages": [{"role": "user", "content": prompt.replace("{}", source)}]}
         assert request.key == KEY
-    row = dict(zip(ROW_KEYS, ("1", caption, *answers), strict=True))
-    assert lines(tmp_path / "rows.jsonl") == [row]
-    assert not (tmp_path / "rows.failed.jsonl").exists()
-
+    assert lines(tmp_path / "new" / "rows.jsonl") == [dict(zip(ROW_KEYS, ("1", caption, *answers), strict=True))]
+    # 2 calls of 30 tokens sent and 10 answered
+    assert re.search(r"1/1 .*rows/s, 80 tokens, \$0.26 of about \$0.26, 0 failed", done.err)
 
 def test_flags_reach_the_request(tmp_path):
+    sampling = ("max_completion_tokens=2048", "reasoning_effort=minimal", "stop=[\"\\n\"]", "seed=7")
     with Server() as server:
         args = write_captions(tmp_path, 1)
-        run(*args, "--endpoint", server.url + "/", "--model", "llama", "--temperature", 0, "--top-p", 0.9,
-            "--max-tokens", 64, key=None, cwd=tmp_path)
-    options = {name: value for name, value in server.requests[0].body.items() if name != "messages"}
-    assert options == {"model": "llama", "temperature": 0, "top_p": 0.9, "max_tokens": 64}
-    assert server.requests[0].key == ""
+        run(*args, "--endpoint", server.url + "/", "--model", "llama", "--sampling", *sampling, key=None, cwd=tmp_path)
+    request = server.requests[0]
+    assert request.key == "" and request.body == {
+        "model": "llama", "max_completion_tokens": 2048, "reasoning_effort": "minimal", "stop": ["\n"], "seed": 7,
+        "messages": request.body["messages"]}
 
+def test_two_step_as_a_function():
+    with Server() as server:
+        ask = Endpoint(parse_args(["captions.txt", "--output", "rows.jsonl", "--endpoint", server.url])).ask
+        first, second = two_step("a small dog", ask)
+        assert [request.source for request in server.requests] == ["a small dog", first] and second not in ("", first)
 
 def test_captions_of_every_kind_come_through_whole(tmp_path):
     captions = ['a "quoted" word', "{braces} and {} {0}", "back\\slash \\n here", "a\ttab in it", "two\nlines here",
                 "smile 😀 emoji", "собака бежит по траве", "狗 在 跑", "كلب يجري هنا", "half an emoji \ud83d here",
                 "%s %d percent", "long " + "x" * 10_000, "carriage\r\nreturn here", "\u2028 line separator", "nul \0 byte"]
     with Server(lambda request: "снова 犬 😀 " + " ".join(request.source.split())) as server:
-        rows = [{"image_id": f"a/{n}", "caption": caption, "url": n} for n, caption in enumerate(captions)]
+        rows = [{"index": n, "image_id": f"a/{n}", "caption": caption} for n, caption in enumerate(captions)]
         (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for _ in range(2):  # the second run finds them all there
             run("captions.jsonl", "--output", "rows.jsonl", server=server, cwd=tmp_path)
@@ -135,88 +115,71 @@ def test_captions_of_every_kind_come_through_whole(tmp_path):
     assert len(server.requests) == 2 * len(captions)
     for n, caption in enumerate(captions):
         caption = caption.replace("\ud83d", "?")
-        assert (found[f"a/{n}"]["caption"], found[f"a/{n}"]["url"]) == (caption, n)
+        assert found[f"a/{n}"].items() >= {"caption": caption, "index": n}.items()
         assert any(request.prompt == PROMPTS[0].replace("{}", caption, 1) for request in server.requests)
-
 
 # ---------------------------------------------------------------- inputs
 
-
 def test_inputs(tmp_path):
-    """Every format, and standard input in each; captions of 2 to 15 words are kept, and the others counted."""
+    """Every format; captions of 2 to 15 words are kept, and the others counted; a quote swallows neither line nor quote."""
     (tmp_path / "a.txt").write_bytes("\ufeffa red dog\r\n\nword\ntwo words\n".encode() + b"w " * 16 + b"\nno end")
-    (tmp_path / "ids.txt").write_text("x/1\nx/2\nx/3\nx/4\nx/5\nx/6\n")
-    (tmp_path / "a.tsv").write_text('url\tfilepath\ttitle\nu\tt/1\t"5"" lamp ""new"""\nu\tt/2\t"Big" dog\nu\tt/3\t5" lamp\n\n')
-    (tmp_path / "a.jsonl").write_text('{"image_id": "j/1", "caption": "a red dog", "width": 3}\n\n{"image_id": 2, "caption": "a cat"}\n')
+    (tmp_path / "a.tsv").write_text('url\tfilepath\ttitle\nu\tt/1\t"5"" lamp ""new"""\nu\tt/2\t"Big" dog\nu\tt/3\t5" lamp\n\n'
+                                    'u\tt/4\t"never closed\nu\tt/5\t"a\ttab"\nu\tt/6\tclosed here"\n')
+    (tmp_path / "a.jsonl").write_text('{"image_id": "j/1", "caption": "a red dog"}\n\n{"image_id": 2, "caption": "a cat"}\n')
     sample = {"json": b'{"caption": "from the json", "key": "1"}', "jpg": b"\xff\xd8" * 9000, "txt": b"from the txt"}
-    keys = ("000000000", "000000012")
-    members = {f"{key}.{kind}": data for key in keys for kind, data in sample.items()}
-    del members["000000000.txt"]
+    members = {f"{key}.{kind}": data for key in ("0000", "./b/c/0012") for kind, data in sample.items()}
+    del members["0000.txt"]
     for shard in ("00000", "00001"):
         (tmp_path / f"{shard}.tar").write_bytes(tar(members))
     txt = {"1": "a red dog", "4": "two words", "6": "no end"}
-    ids = {f"x/{number}": caption for number, caption in txt.items()}
-    tsv = {"t/1": '5" lamp "new"', "t/2": '"Big" dog', "t/3": '5" lamp'}
+    tsv = {"t/1": '5" lamp "new"', "t/2": '"Big" dog', "t/3": '5" lamp', "t/4": '"never closed', "t/5": "a\ttab", "t/6": 'closed here"'}
     jsonl = {"j/1": "a red dog", "2": "a cat"}
-    tars = {f"{shard}/{key}": f"from the {kind}" for shard in ("00000", "00001") for key, kind in zip(keys, ("json", "txt"))}
-    cases = [(["a.txt"], "", txt), (["a.txt", "--ids", "ids.txt"], "", ids), (["a.tsv"], "", tsv), (["a.jsonl"], "", jsonl),
-             (["*.tar"], "", tars), (["a.tsv", "0*.tar", "a.jsonl"], "", tsv | tars | jsonl), (["-"], "a.txt", txt),
-             (["-", "--ids", "ids.txt"], "a.txt", ids), (["-"], "a.tsv", tsv), (["-", "a.tsv"], "a.jsonl", tsv | jsonl)]
+    tars = {f"{shard}/{key}": f"from the {kind}" for shard in ("00000", "00001") for key, kind in (("0000", "json"), ("b/c/0012", "txt"))}
+    cases = [(["a.txt"], txt), (["a.tsv"], tsv), (["a.jsonl"], jsonl), (["*.tar"], tars),
+             (["a.tsv", "0*.tar", "a.jsonl"], tsv | tars | jsonl)]
     with Server() as server:
-        for n, (inputs, stdin, expected) in enumerate(cases):
-            text = (tmp_path / stdin).read_text() if stdin else ""
-            done = run(*inputs, "--output", f"{n}.jsonl", stdin=text, server=server, cwd=tmp_path)
+        for n, (inputs, expected) in enumerate(cases):
+            done = run(*inputs, "--output", f"{n}.jsonl", server=server, cwd=tmp_path)
             assert {row["image_id"]: row["caption"] for row in lines(tmp_path / f"{n}.jsonl")} == expected, inputs
-            if inputs == ["a.txt"]:
-                assert "3 captions kept, 2 too short, 1 too long" in done.out
-    assert {row["image_id"]: row.get("width") for row in lines(tmp_path / "3.jsonl")} == {"j/1": 3, "2": None}  # rows in any order
+            assert inputs != ["a.txt"] or "3 captions kept, 1 too short, 1 too long" in done.out
+        (tmp_path / "blank.tsv").write_text("filepath\ttitle\n1\t \n2\tdog\n")
+        run("blank.tsv", "--min-words", 0, "--output", "blank.jsonl", server=server, cwd=tmp_path)
+    assert [row["image_id"] for row in lines(tmp_path / "blank.jsonl")] == ["2"]
 
-
-BAD_INPUTS = {  # the files, the arguments beside --output, what the one line of error must name
+SAMPLES = {f"{n}.txt": b"a dog no. %d" % n for n in range(50)}
+HEADER = tar(SAMPLES)[:21 * 1024] + b"\xff" * 512 + tar(SAMPLES)[21 * 1024 + 512:]
+BAD_INPUTS = {  # the files, the arguments beside --output, what the error's line must name
     "no file": ({}, ["none.txt"], ["none.txt"]),
     "suffix": ({"a.csv": "x"}, ["a.csv"], ["a.csv", ".tsv"]),
-    "not UTF-8": ({"a.txt": b"a dog\n\xff\xfe dog\n"}, ["a.txt"], ["a.txt:2", "UTF-8"]),
+    "not UTF-8": ({"a.txt": b"a dog\n\xff\xfe dog\n"}, ["a.txt"], ["a.txt:2", "utf-8"]),
     "header": ({"a.tsv": "x\ty\n1\t2\n"}, ["a.tsv"], ["a.tsv:1", "filepath", "title"]),
     "columns": ({"a.tsv": "filepath\ttitle\n1\ta dog\n2\n"}, ["a.tsv"], ["a.tsv:3", "column"]),
     "not JSON": ({"a.jsonl": '{"image_id": "1", "caption": "a dog"}\n{\n'}, ["a.jsonl"], ["a.jsonl:2", "JSON"]),
-    "not an object": ({"a.jsonl": "[1]\n"}, ["a.jsonl"], ["a.jsonl:1", "image_id"]),
-    "no caption": ({"a.jsonl": '{"image_id": "1"}\n'}, ["a.jsonl"], ["a.jsonl:1", "caption"]),
-    "id out of the root": ({"a.jsonl": '{"image_id": "../1", "caption": "a dog"}\n'}, ["a.jsonl"], ["a.jsonl:1", "../1"]),
-    "blank id": ({"a.jsonl": '{"image_id": " ", "caption": "a dog"}\n'}, ["a.jsonl"], ["a.jsonl:1", "image_id"]),
-    "short ids": ({"a.txt": "a dog\na cat\n", "i": "1\n"}, ["a.txt", "--ids", "i"], ["a.txt:2", "image_id"]),
-    "long ids": ({"a.txt": "a dog\n", "i": "1\n2\n"}, ["a.txt", "--ids", "i"], ["--ids", "a.txt"]),
-    "ids of a tsv": ({"a.tsv": "filepath\ttitle\n1\ta dog\n", "i": "1\n"}, ["a.tsv", "--ids", "i"], ["--ids"]),
-    "not a tar": ({"a.tar": b"x" * 2000}, ["a.tar"], ["a.tar"]),
-    "cut tar": ({"a.tar": tar({"1.txt": b"a dog", "2.jpg": b"x" * 20_000})[:9000]}, ["a.tar"], ["a.tar", "damaged"]),
-    "nothing kept": ({"a.txt": "dog\n" + "w " * 20 + "\n"}, ["a.txt"], ["a.txt", "1 too short", "1 too long"]),
-    "empty": ({"a.txt": ""}, ["a.txt"], ["a.txt"]),
+    "id out of the root": ({"a.jsonl": '{"image_id": "../1", "caption": "a dog"}\n'}, ["a.jsonl"], ["a.jsonl:1", "image_id"]),
+    "cut tar": ({"a.tar": tar({"1.txt": b"a dog", "2.jpg": b"x" * 20_000})[:9000]}, ["a.tar"], ["a.tar"]),
+    "cut between two": ({"a.tar": tar(SAMPLES)[:21 * 1024]}, ["a.tar"], ["a.tar", "cut off"]),
+    "damaged header": ({"a.tar": HEADER}, ["a.tar"], ["a.tar", "damaged"]),
+    "nothing kept": ({"a.txt": "dog\n" + "w " * 20 + "\n"}, ["a.txt"], ["a.txt", "no caption"]),
     "twice in a file": ({"a.tsv": "filepath\ttitle\n1\ta dog\n2\tb dog\n1\tc dog\n"}, ["a.tsv"], ["a.tsv:2", "a.tsv:4"]),
-    "twice in two": ({"a.txt": "a dog\n", "b.txt": "a cat\n"}, ["a.txt", "b.txt"], ["a.txt:1", "b.txt:1"]),
     "shard": ({"a.txt": "a dog\n"}, ["a.txt", "--shard", "2/2"], ["--shard"]),
-    "shard's form": ({"a.txt": "a dog\n"}, ["a.txt", "--shard", "1"], ["--shard"]),
-    "no workers": ({"a.txt": "a dog\n"}, ["a.txt", "--concurrency", "0"], ["--concurrency"]),
-    "negative": ({"a.txt": "a dog\n"}, ["a.txt", "--max-retries", "-1"], ["--max-retries"]),
+    "sampling": ({"a.txt": "a dog\n"}, ["a.txt", "--sampling", "seed"], ["--sampling"]),
     "unknown flag": ({"a.txt": "a dog\n"}, ["a.txt", "--retries", "1"], ["--retries"]),
-    "endpoint": ({"a.txt": "a dog\n"}, ["a.txt", "--endpoint", "localhost:8000"], ["--endpoint"]),
-    "key in the URL": ({"a.txt": "a dog\n"}, ["a.txt", "--endpoint", f"http://u:{KEY}@localhost/v1"], ["--endpoint"]),
+    **{url: ({"a.txt": "a dog\n"}, ["a.txt", "--endpoint", url], ["--endpoint"]) for url in (
+        "localhost:8000", f"http://u:{KEY}@localhost/v1", "http://[::1/v1", "http://a..b/v1", "http:///v1", "http://a b/v1")},
 }
 
-
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_one_line_before_the_first_call(tmp_path, case):
+def test_bad_input_is_said_before_the_first_call(tmp_path, case):
     files, args, names = BAD_INPUTS[case]
     for name, data in files.items():
         (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
     with Server() as server:
         done = run(*args, "--output", "rows.jsonl", code=2, server=server, cwd=tmp_path)
-    assert len(done.err.splitlines()) == 1
-    assert all(name in done.err for name in names), done.err
+    assert all(name in done.error for name in names), done.err
     assert not server.requests
     assert not lines(tmp_path / "rows.jsonl")
 
-
 # ---------------------------------------------------------------- answers
-
 
 def test_tidy():
     for said, text in {
@@ -227,15 +190,18 @@ def test_tidy():
         'Sure! Here\'s a paraphrase: "A dog"': "A dog", "Certainly! Here is the paraphrased text:\n\nA dog": "A dog",
         "Here is a concise paraphrase of the given caption: A dog": "A dog", "Here is a dog: Rex": "Here is a dog: Rex",
         "Here's a paraphrased version of the caption: A dog": "A dog", "Sure-footed goat": "Sure-footed goat",
-        "Caption: the film": "Caption: the film", '""': "", "": "", '"': '"', "a dog's": "a dog's",
+        "Rephrased: A dog": "A dog", "Caption: A dog": "A dog", "Concise paraphrase: A dog": "A dog", '"A cat".': "A cat.",
+        "**A cat**": "A cat", '""': "", "": "", '"': '"', "a dog's": "a dog's", "<think>a\nb</think>\n\nA dog": "A dog",
+        "hm, a hound?</think>A dog": "A dog", "<think>hm": "<think>hm",
     }.items():  # fmt: skip
         assert tidy(said) == text
-
 
 def test_fault():
     source = "a red dog runs"
     for answer in ("I'm sorry, but I can't help with that.", "I’m sorry", "As an AI language model, I", "I cannot assist with",
-                   "Sorry, I can't", "I apologize, but", "", "two\nlines", "a red\u2028dog", "A red dog runs!", "A RED dog - runs"):  # fmt: skip
+                   "Sorry, I can't", "I apologize, but", "", "two\nlines", "a red\u2028dog", "A red dog runs!", "A RED dog - runs",
+                   "Sorry, but as an AI language model I cannot do that", "As a language model, I cannot", "N/A", "<think>hm",
+                   "There is no caption provided to paraphrase.", "Could you please provide the caption?"):  # fmt: skip
         assert fault(answer, source, "stop", may_echo=False), answer
     for answer in ("A crimson hound sprints", "I can see a dog", "Sorry dog", "Красная собака", "红狗", "I'm a dog"):
         assert not fault(answer, source, "stop", may_echo=False), answer
@@ -243,10 +209,8 @@ def test_fault():
     assert not fault("I'm sorry, a song", "I'm sorry by Brenda Lee", "stop", may_echo=False)
     assert fault("A hound", source, "length", may_echo=False) and fault("A hound", source, "content_filter", may_echo=False)
 
-
 def chat(**choice):
     return Reply(body=json.dumps({"choices": [choice]}).encode())
-
 
 BAD_ANSWERS = {  # by the caption's last word: the answer, and what the reason must name
     "refusal": (Reply("I'm sorry, but as an AI I can't."), "refusal"),
@@ -255,14 +219,15 @@ BAD_ANSWERS = {  # by the caption's last word: the answer, and what the reason m
     "length": (Reply("a cut", "length"), "length"),
     "filter": (Reply("a dog", "content_filter"), "content_filter"),
     "many": (Reply("one dog\nanother dog"), "more than one line"),
+    "thoughts": (Reply("<think>A dog, so a hound"), "thoughts"),
     "html": (Reply(body=b"<html>oops"), "completion"),
-    "list": (Reply(body=b"[]"), "completion"),
     "error": (Reply(body=b'{"error": {"message": "overloaded"}}'), "overloaded"),
     "nochoice": (Reply(body=b'{"choices": []}'), "completion"),
     "textless": (chat(message=None), "completion"),
-    "parts": (chat(message={"content": [{"text": "x"}]}), "completion"),
+    "parts": (chat(message={"content": [{"text": 7}]}), "completion"),
+    "huge": (Reply(body=b" " * 2**21 + chat(message={"content": "a hound"}).body), "completion"),
+    "bomb": (Reply(body=gzip.compress(bytes(2**28)), headers={"Content-Encoding": "gzip"}), "completion"),
 }
-
 
 def test_bad_answers_are_asked_again_and_then_fail_alone(tmp_path):
     """Each kind three times and then right; and each kind always, which step 2 never sees. Echoes are a fault in step 2 only."""
@@ -279,44 +244,57 @@ def test_bad_answers_are_asked_again_and_then_fail_alone(tmp_path):
     captions = [f"dog {often} {kind}" for often in ("thrice", "always") for kind in [*BAD_ANSWERS, "echo"]]
     (tmp_path / "captions.txt").write_text("\n".join(captions))
     with Server(answer) as server:
-        done = run("captions.txt", "--output", "rows.jsonl", server=server, cwd=tmp_path, code=1)
+        limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
+        done = run("captions.txt", "--output", "rows.jsonl", "--concurrency", 4, server=server, cwd=tmp_path, code=1, preexec_fn=limit)
     rows, failed = lines(tmp_path / "rows.jsonl"), lines(tmp_path / "rows.failed.jsonl")
     assert {row["caption"] for row in rows} == {f"dog thrice {kind}" for kind in BAD_ANSWERS}
     assert {row["caption"] for row in failed} == set(captions) - {row["caption"] for row in rows}
     for row in failed:
         kind = row["caption"].split()[-1]
         assert (BAD_ANSWERS[kind][1] if kind != "echo" else "echo") in row["reason"], row
-        assert row["attempts"] == (5 if kind == "echo" else 4)
+        assert asked[PROMPTS[0].format(row["caption"])] == (1 if kind == "echo" else 4)
     assert not any("always" in r.source and r.step == 2 and "ECHO" not in r.source for r in server.requests)
     assert f"{len(failed)} captions have failed" in done.out and "--retry-failed" in done.out
 
+def test_answers_of_reasoning_models(tmp_path):
+    """Thoughts before the answer, beside it, and as a part of it, none of them in a row."""
+    def answer(request):
+        said = reword(request).content
+        parts = [{"type": "thinking", "thinking": [{"text": "hmm"}]}, {"type": "text", "text": said}]
+        contents = (f"<think>\nhmm\n</think>\n\n{said}", f"<think>hmm</think>{said}", parts, said)
+        return chat(message={"content": contents[request.number % 4], "reasoning_content": "hmm"})
+
+    with Server(answer) as server:
+        run(*write_captions(tmp_path, 8), server=server, cwd=tmp_path)
+    rows = lines(tmp_path / "rows.jsonl")
+    assert [row["paraphrase_2"] for row in rows] == [f"in other words plainly {row['caption']}" for row in rows] != []
 
 def test_retry_failed_takes_just_those(tmp_path):
-    args = write_captions(tmp_path, 6)
+    args, journal = write_captions(tmp_path, 6), tmp_path / "rows.failed.jsonl"
     with Server(lambda request: "I'm sorry" if request.source[-1] in "246" else reword(request)) as server:
         run(*args, "--limit", 4, server=server, cwd=tmp_path, code=1)
         calls = server.count
         run(*args, "--limit", 4, server=server, cwd=tmp_path, code=1)  # nothing is asked twice by itself
         assert server.count == calls
+    journal.write_text(journal.read_text().rstrip("\n") + '\n{"torn": \n\xff\n{"image_id": "7')  # and the line torn by a kill
     with Server(lambda request: "I'm sorry" if request.source[-1] in "4" else reword(request)) as server:
         run(*args, "--retry-failed", server=server, cwd=tmp_path, code=1)
         assert {request.source.split()[-1] for request in server.requests} == {"2", "4"}
-    assert [row["image_id"] for row in lines(tmp_path / "rows.failed.jsonl")] == ["4"]
+    noted = [json.loads(line)["image_id"] for line in journal.read_text().split("\n")[:2]]
+    assert sorted(noted) == ["2", "4"] and json.loads(journal.read_text().split("\n")[-2])["image_id"] == "4"
     with Server() as server:
         run(*args, server=server, cwd=tmp_path, code=1)  # 5 and 6; 4 is still failed
         run(*args, "--retry-failed", server=server, cwd=tmp_path)
+        run(*args, "--retry-failed", server=server, cwd=tmp_path)
         assert server.count == 6
-    assert not (tmp_path / "rows.failed.jsonl").exists()
     assert sorted(row["image_id"] for row in lines(tmp_path / "rows.jsonl")) == list("123456")
     assert all(set(row) == set(ROW_KEYS) for row in lines(tmp_path / "rows.jsonl"))
 
-
 # ---------------------------------------------------------------- a server in trouble
-
 
 def test_transient_failures_are_tried_again(tmp_path):
     troubles = [Reply(status=status, body=b"busy") for status in (500, 502, 503, 504, 408, 409, 429)]
-    troubles += [Reply("x" * 999, reset=True), Reply("late", delay=3)]
+    troubles += [Reply("x" * 999, reset=True), Reply("late", delay=3), Reply("trickled", trickle=0.3)]
     seen = set()
 
     def answer(request):
@@ -327,32 +305,29 @@ def test_transient_failures_are_tried_again(tmp_path):
 
     with Server(answer) as server:
         args = write_captions(tmp_path, len(troubles))
-        run(*args, "--timeout", 1, "--concurrency", 3, server=server, jitter=0.01, cwd=tmp_path)
+        run(*args, "--timeout", 1, "--concurrency", 3, server=server, jitter=0.01, cwd=tmp_path, timeout=20)
     assert len(lines(tmp_path / "rows.jsonl")) == len(troubles)
     assert server.count == 3 * len(troubles)
 
-
 def test_what_lasts_fails_alone(tmp_path):
-    """After --max-retries for a server's fault, at once for the request's own (4xx)."""
-    statuses = {"1": 500, "2": 400, "3": 422}
-
-    def answer(request):
-        status = statuses.get(request.source.split()[-1])
-        return Reply(status=status, body=f"no {KEY} good".encode()) if status else reword(request)
-
-    with Server(answer) as server:
-        args = write_captions(tmp_path, 4)
+    """After --max-retries for a server's fault, at once for the request's own (4xx, or OpenRouter's flagged 403)."""
+    flagged = "x requires moderation on y. Your input was flagged for z"
+    bad = {"1": Reply(status=500, body=KEY.encode()), "2": error(400, message=KEY, code="content_filter", param="prompt"),
+           "3": error(400, message="too long", param="messages", code="context_length_exceeded"), "4": Reply(status=422),
+           "5": error(403, code=403, message=flagged)}
+    with Server(lambda request: bad.get(request.source.split()[-1]) or reword(request)) as server:
+        args = write_captions(tmp_path, 6)
         run(*args, "--max-retries", 2, server=server, jitter=0.01, cwd=tmp_path, code=1)
-    failed = {row["image_id"]: row for row in lines(tmp_path / "rows.failed.jsonl")}
-    assert {image_id: row["attempts"] for image_id, row in failed.items()} == {"1": 3, "2": 1, "3": 1}
-    assert all(str(status) in failed[image_id]["reason"] for image_id, status in statuses.items())
+    failed = {row["image_id"]: row["reason"] for row in lines(tmp_path / "rows.failed.jsonl")}
+    assert {image_id: int(reason.split()[1].strip(":")) for image_id, reason in failed.items()} == {
+        image_id: reply.status for image_id, reply in bad.items()}
+    assert server.count == 3 + 1 + 1 + 1 + 1 + 2
     assert KEY not in (tmp_path / "rows.failed.jsonl").read_text()
-    assert [row["image_id"] for row in lines(tmp_path / "rows.jsonl")] == ["4"]
-
+    assert [row["image_id"] for row in lines(tmp_path / "rows.jsonl")] == ["6"]
 
 @pytest.mark.parametrize("kind", ["seconds", "date", "503", "none", "paced"])
 def test_nobody_sends_in_a_pause(tmp_path, kind):
-    """One 429 (or a 503 with Retry-After) holds back all workers; without Retry-After for the back-off that it draws."""
+    """One 429 (or a 503 with Retry-After) holds back all workers, and the bar says it; else for the back-off that it draws."""
     pause = {}
 
     def answer(request):
@@ -365,20 +340,23 @@ def test_nobody_sends_in_a_pause(tmp_path, kind):
 
     with Server(answer) as server:
         pace = ["--requests-per-minute", 600] if kind == "paced" else []  # whoever waits for his turn must stop too
-        run(*write_captions(tmp_path, 20), "--concurrency", 8, *pace, server=server, jitter=1, cwd=tmp_path)
+        args = [*write_captions(tmp_path, 20), "--concurrency", 8, *pace]
+        done = run(*args, server=server, jitter=1, cwd=tmp_path)
     length = 1 if kind == "none" else 2
     sent = [request.time - pause["from"] for request in server.requests if request.time > pause["from"]]
     assert not [t for t in sent if 0.3 < t < length - 0.05], sent  # 0.3: the 429 itself is on its way
     assert len([t for t in sent if t >= length - 0.05]) > 15
     assert len(lines(tmp_path / "rows.jsonl")) == 20
-
+    assert "20/20" in done.err
 
 def test_retry_after():
+    from generate import retry_after
     assert (retry_after("7"), retry_after("0.5"), retry_after("-3"), retry_after("nan")) == (7, 0.5, 0, 0)
-    assert retry_after("inf") == 86400 and retry_after(None) is retry_after("soon") is None
+    assert retry_after("inf") == retry_after("9" * 400) == 86400 and retry_after("") is retry_after("soon") is None
     assert 25 < retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-
+    assert retry_after("Wed, 21 Oct 99999999 07:28:00 GMT") in (None, 86400)
+    assert retry_after("Fri, 31 Dec 9999 23:59:59 -2359") in (None, 86400)
 
 def test_a_rate_limit_fails_no_row(tmp_path):
     """429s that others get through cost a caption no try, however few it has."""
@@ -396,48 +374,46 @@ def test_a_rate_limit_fails_no_row(tmp_path):
     assert server.count > 60
     assert len(lines(tmp_path / "rows.jsonl")) == 30
 
-
-def test_the_endpoint_is_fully_used(tmp_path):
-    """--concurrency calls are in flight at once, each worker on one connection that is kept."""
+def test_pace(tmp_path):
+    """--concurrency calls are in flight at once, each worker on one connection that is kept; --requests-per-minute holds."""
     with Server(lambda request: Reply(reword(request).content, delay=0.2)) as server:
         run(*write_captions(tmp_path, 120), "--concurrency", 40, server=server, cwd=tmp_path)
     times = [request.time for request in server.requests]
     assert max(sum(0 <= t - first < 0.19 for t in times) for first in times) == 40
     assert server.connections <= 40
-
-
-def test_requests_per_minute(tmp_path):
     with Server() as server:
-        run(*write_captions(tmp_path, 15), "--requests-per-minute", 600, server=server, cwd=tmp_path)
+        run("captions.txt", "--output", "b.jsonl", "--limit", 15, "--requests-per-minute", 600, server=server, cwd=tmp_path)
     times = [request.time for request in server.requests]
     assert 2.8 < times[-1] - times[0]  # 30 calls, a tenth of a second apart
     assert all(times[n + 10] - times[n] > 0.8 for n in range(20))
 
+def error(status, **keys):
+    return Reply(status=status, body=json.dumps({"error": keys}).encode())
 
-FATAL = {
-    401: Reply(status=401, body=f"Incorrect API key provided: {KEY}".encode()),
-    402: Reply(status=402, body=b"Insufficient Balance"),
-    403: Reply(status=403, body=f'{{"error": "{KEY} may not"}}'.encode()),
-    404: Reply(status=404, body=b"The model does not exist"),
-    429: Reply(status=429, headers={"Retry-After": "60"}, body=b'{"error": {"code": "insufficient_quota"}}'),
-    307: Reply(status=307, headers={"Location": "http://127.0.0.1:9/"}),
+STOPPING = {  # answers that no caption will be better with, and what the error's line must say
+    "key": (Reply(status=401, body=f"Incorrect API key provided: {KEY}".encode()), "HTTP 401"),
+    "credit": (Reply(status=402, body=b"Insufficient Balance"), "HTTP 402"),
+    "quota": (Reply(status=429, headers={"Retry-After": "60"}, body=b'{"error": {"code": "insufficient_quota"}}'), "credit"),
+    "may not": (Reply(status=403, body=f'{{"error": "{KEY} may not"}}'.encode()), "HTTP 403"),
+    "address": (Reply(status=404, body=b"The model does not exist"), "--model"),
+    "moved": (Reply(status=307, headers={"Location": "http://127.0.0.1:9/"}), "moved"),
+    "GPT-5": (error(400, message="no max_tokens", param="max_tokens", code="unsupported_parameter"), "--sampling"),
+    "value": (error(400, message="only the default", param="temperature", code="unsupported_value"), "--sampling"),
+    "param": (error(400, message="must be below 2", param="temperature", code=None), "--sampling"),
+    "LiteLLM": (error(400, message="litellm.UnsupportedParamsError: x has no top_p", param=None, code="400"), "--sampling"),
+    "model": (error(400, message="no such model", param=None, code="model_not_found"), "--model"),
+    "FastAPI": (Reply(status=422, body=b'{"detail": [{"loc": ["body", "top_p"], "msg": "extra"}]}'), "--sampling"),
 }
 
-
-@pytest.mark.parametrize("status", FATAL)
-def test_fatal_answers_stop_the_job_at_once(tmp_path, status):
-    with Server(lambda request: reword(request) if request.number < 20 else FATAL[status]) as server:
-        done = run(*write_captions(tmp_path, 500), "--concurrency", 4, server=server, cwd=tmp_path, code=2, timeout=20)
-        assert server.count < 40
-        assert "error: " in done.error and f"HTTP {status}" in done.error
+@pytest.mark.parametrize("kind", STOPPING)
+def test_what_no_caption_will_be_better_with_stops_the_job_at_once(tmp_path, kind):
+    with Server(lambda request: reword(request) if request.number < 20 else STOPPING[kind][0]) as server:
+        args = (*write_captions(tmp_path, 200), "--concurrency", 4)
+        done = run(*args, server=server, cwd=tmp_path, code=2, timeout=20)
+        assert server.count <= 24 and STOPPING[kind][1] in done.error
         rows = lines(tmp_path / "rows.jsonl")
         assert 6 <= len(rows) <= 10 and not lines(tmp_path / "rows.failed.jsonl")
         assert not any(KEY in path.read_text() for path in tmp_path.iterdir())
-        server.answer = reword
-        run("captions.txt", "--output", "rows.jsonl", server=server, cwd=tmp_path)
-    assert len(lines(tmp_path / "rows.jsonl")) == 500
-    assert lines(tmp_path / "rows.jsonl")[: len(rows)] == rows
-
 
 def test_the_key_shows_nowhere(tmp_path):
     """run() looks for it in all that it prints; here in --help, as a key that no header can hold, and in odd answers."""
@@ -454,31 +430,18 @@ def test_the_key_shows_nowhere(tmp_path):
     done = run(*args, key=None, code=2, cwd=tmp_path)  # OpenAI's own endpoint, and no key
     assert "OPENAI_API_KEY" in done.error and len(done.err.splitlines()) == 1
 
-
 def test_a_broken_endpoint_does_not_use_up_the_captions(tmp_path):
-    with Server(lambda request: Reply(status=400, body=b"max_tokens is not supported")) as server:
+    with Server(lambda request: Reply(status=400, body=b"oh no")) as server:
         done = run(*write_captions(tmp_path, 3000), server=server, cwd=tmp_path, code=2)
-    assert "100 captions failed" in done.error and "max_tokens is not supported" in done.error
+    assert "100 captions failed" in done.error and "oh no" in done.error
     assert 100 <= len(lines(tmp_path / "rows.failed.jsonl")) < 200
-
-
-def test_a_server_that_is_not_there_uses_up_no_caption(tmp_path):
     with Server() as server:
         pass  # its port is free again
-    done = run(*write_captions(tmp_path, 5), "--max-retries", 1, server=server, cwd=tmp_path, code=2, jitter=0.01)
-    assert "Connection refused" in done.error and not lines(tmp_path / "rows.failed.jsonl")
-
-
-def test_two_step_as_a_function(monkeypatch):
-    with Server() as server:
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        endpoint = Endpoint(Config(captions=["captions.txt"], output="rows.jsonl", endpoint=server.url))
-        first, second = two_step("a small dog", endpoint.ask)
-        assert [request.source for request in server.requests] == ["a small dog", first] and second not in ("", first)
-
+    args = ("captions.txt", "--output", "new.jsonl")
+    done = run(*args, "--max-retries", 1, server=server, cwd=tmp_path, code=2, jitter=0.01)
+    assert "Connection refused" in done.error and not lines(tmp_path / "new.failed.jsonl")
 
 # ---------------------------------------------------------------- being stopped, and going on
-
 
 def test_twenty_kills(tmp_path):
     """kill -9 at 20 random moments: every caption once, and no calls but the needed and those of rows in flight."""
@@ -504,7 +467,6 @@ def test_twenty_kills(tmp_path):
         assert row["paraphrase_2"] == f"in other words plainly {row['caption']}"
     assert 2 * number <= server.count <= 2 * number + kills * workers * 2
 
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c(tmp_path, number):
     """Calls in flight land, both steps of them; nobody starts a new row, or sits out a pause."""
@@ -520,48 +482,50 @@ def test_ctrl_c(tmp_path, number):
         rows = lines(tmp_path / "rows.jsonl")
         assert len(rows) == 5 and server.count == 10
         server.answer = lambda request: Reply(status=429, headers={"Retry-After": "60"})
-        process = start(*args, server=server, cwd=tmp_path)
+        process = start(*args, server=server, jitter="1; sys.stderr.isatty = lambda: True", cwd=tmp_path)  # a quick bar
         while server.count < 11:
             time.sleep(0.01)
+        time.sleep(1)
         process.send_signal(number)
-        process.communicate(timeout=5)
-        assert process.returncode == 130
+        assert re.search(r"all wait 5\d s", process.communicate(timeout=5)[1]) and process.returncode == 130
         server.answer = reword
         run(*args, server=server, cwd=tmp_path)
     assert sorted(int(row["image_id"]) for row in lines(tmp_path / "rows.jsonl")) == list(range(1, 101))
     assert server.count <= 10 + 5 + 190  # of the paused five, at most
 
-
 def test_a_torn_last_line_is_cut_off(tmp_path):
+    """And one that only lacks its end, by an editor, is kept."""
     with Server() as server:
         args = write_captions(tmp_path, 5)
         run(*args, server=server, cwd=tmp_path)
         whole = (tmp_path / "rows.jsonl").read_bytes()
-        (tmp_path / "rows.jsonl").write_bytes(whole[:-7])
-        run(*args, server=server, cwd=tmp_path)
-    assert server.count == 12
-    assert sorted((tmp_path / "rows.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+        for cut, calls in ((-7, 12), (-1, 12), (5, 22)):
+            (tmp_path / "rows.jsonl").write_bytes(whole[:cut])
+            run(*args, server=server, cwd=tmp_path)
+            assert server.count == calls
+            assert sorted((tmp_path / "rows.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
 
-
-def test_an_output_of_another_job_is_left_alone(tmp_path):
+def test_what_is_no_output_of_this_job_is_left_alone(tmp_path):
     with Server() as server:
         args = write_captions(tmp_path, 4)
         run(*args, server=server, cwd=tmp_path)
-        rows, count = (tmp_path / "rows.jsonl").read_bytes(), server.count
-        (tmp_path / "other.tsv").write_text("filepath\ttitle\nx/1\ta red cat\n")
-        (tmp_path / "fewer.txt").write_text("a small dog number 1\n")
-        (tmp_path / "edited.txt").write_text("another dog\n" + (tmp_path / "captions.txt").read_text())
-        (tmp_path / "prose.txt").write_text("Dear all,\nkeep this")
-        for captions, output, name in (("other.tsv", "rows.jsonl", "4 rows"), ("fewer.txt", "rows.jsonl", "3 rows"),
-                                       ("edited.txt", "rows.jsonl", 'image_id "1"'), ("captions.txt", "prose.txt", "prose.txt"),
-                                       ("captions.txt", "captions.txt", "captions.txt"), ("captions.txt", ".", "."),
-                                       ("captions.txt", "/dev/full", "/dev/full")):
-            done = run(captions, "--output", output, server=server, cwd=tmp_path, code=2)
-            assert name in done.error and len(done.err.splitlines()) == 1
-        assert "rows.jsonl" in run("captions.txt", "--output", "rows.jsonl", "--shard", "0/2", server=server, cwd=tmp_path, code=2).error
-    assert (tmp_path / "rows.jsonl").read_bytes() == rows and server.count == count
-    assert (tmp_path / "prose.txt").read_text() == "Dear all,\nkeep this"
-
+        texts = {"package.json": '{"name": "my-package"}', "prose.txt": "Dear all,\nkeep this", "torn.jsonl": '{"name": "my',
+                 "one.jsonl": '{"image_id": "1", "caption": "a dog here"}', "other.tsv": "filepath\ttitle\nx/1\ta red cat\n",
+                 "edited.txt": "another dog\n" + "a small dog\n" * 3, "rows.jsonl": (tmp_path / "rows.jsonl").read_text()}
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text)
+        (tmp_path / "link.jsonl").symlink_to("one.jsonl")
+        for command in ("captions.txt --output package.json", "captions.txt --output prose.txt", "captions.txt --output torn.jsonl",
+                        "captions.txt --output one.jsonl", "one.jsonl --output one.jsonl", "one.jsonl --output link.jsonl",
+                        "captions.txt --output captions.txt", "captions.txt --output .", "other.tsv --output rows.jsonl",
+                        "edited.txt --output rows.jsonl --limit 1", "captions.txt --output rows.jsonl --shard 0/2",
+                        "rows.jsonl --export-chat rows.jsonl", "rows.jsonl --sheet rows.jsonl", "rows.jsonl --sheet /dev/null",
+                        "captions.txt --output /dev/full"):
+            done = run(*command.split(), server=server, cwd=tmp_path, code=2)
+            assert command.split()[2] in done.error and len(done.err.splitlines()) == 1
+        run("captions.txt", "--output", "rows.jsonl", "--limit", 1, server=server, cwd=tmp_path)
+        assert server.count == 8
+    assert all((tmp_path / name).read_text() == text for name, text in texts.items())
 
 def test_two_processes_on_one_output(tmp_path):
     with Server(lambda request: Reply(reword(request).content, delay=1)) as server:
@@ -573,7 +537,6 @@ def test_two_processes_on_one_output(tmp_path):
         assert "rows.jsonl" in second.error and "another" in second.error and len(second.err.splitlines()) == 1
         first.communicate(timeout=30)
     assert first.returncode == 0 and len(lines(tmp_path / "rows.jsonl")) == 3
-
 
 def test_a_full_disk(tmp_path):
     """A file-size limit stands in for the disk: one line, whole rows only, and the job goes on when there is room."""
@@ -588,52 +551,47 @@ def test_a_full_disk(tmp_path):
     assert sorted(int(row["image_id"]) for row in lines(tmp_path / "rows.jsonl")) == list(range(1, 201))
     assert lines(tmp_path / "rows.jsonl")[: len(rows)] == rows
 
-
 # ---------------------------------------------------------------- sharing a job, and what comes after it
-
 
 def test_shards_and_limit(tmp_path):
     captions = "".join(f"dog {'is number' if n % 3 else ''} {n}\n" for n in range(30)) + "word\n" * 5
     (tmp_path / "captions.txt").write_text(captions)
-    found = []
     with Server() as server:
-        for n in range(3):
-            for limit in (2, 0):
-                run("captions.txt", "--output", f"{n}.jsonl", "--shard", f"{n}/3", "--limit", limit, server=server, cwd=tmp_path)
-                if limit:
-                    assert len(lines(tmp_path / f"{n}.jsonl")) == 2
-            found.append([row["image_id"] for row in lines(tmp_path / f"{n}.jsonl")])
-        assert server.count == 60
-        assert [len(part) for part in found] == [10, 10, 10]
-        assert sorted(map(int, [n for part in found for n in part])) == list(range(1, 31))
-        run("captions.txt", "--output", "0.jsonl", "--shard", "0/3", "--limit", 1, server=server, cwd=tmp_path)
-        assert server.count == 60
-
+        for n, limit, count in itertools.chain.from_iterable(((n, 2, 2), (n, 0, 10)) for n in range(3)):
+            run("captions.txt", "--output", f"{n}.jsonl", "--shard", f"{n}/3", "--limit", limit, server=server, cwd=tmp_path)
+            assert len(lines(tmp_path / f"{n}.jsonl")) == count
+    assert server.count == 60
+    assert sorted(int(row["image_id"]) for n in range(3) for row in lines(tmp_path / f"{n}.jsonl")) == list(range(1, 31))
 
 def test_export_chat(tmp_path):
-    with Server() as server:
-        run(*write_captions(tmp_path, 2), "--concurrency", 1, server=server, cwd=tmp_path)
-    rows = (tmp_path / "rows.jsonl").read_bytes()
+    row = dict(zip(ROW_KEYS, ("a/1", "a {red} dog", "a dog", "a 'hound'")))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     run("rows.jsonl", "--export-chat", "train.jsonl", key=None, cwd=tmp_path)
-    caption = "a small dog number 1"
-    assert len(lines(tmp_path / "train.jsonl")) == 4
-    assert lines(tmp_path / "train.jsonl")[:2] == [
-        {"messages": [{"role": "user", "content": PROMPTS[0].format(caption)},
-                      {"role": "assistant", "content": f"plainly {caption}"}]},
-        {"messages": [{"role": "user", "content": PROMPTS[1].format(f"plainly {caption}")},
-                      {"role": "assistant", "content": f"in other words plainly {caption}"}]},
-    ]  # fmt: skip
+    sources, answers = ("a {red} dog", "a dog"), ("a dog", "a 'hound'")
+    assert lines(tmp_path / "train.jsonl") == [
+        {"messages": [{"role": "user", "content": prompt.replace("{}", source)}, {"role": "assistant", "content": answer}]}
+        for prompt, source, answer in zip(PROMPTS, sources, answers)]
     (tmp_path / "bad.jsonl").write_text('{"image_id": "1", "caption": "a dog"}\n')
-    train = (tmp_path / "train.jsonl").read_bytes()
     for args, name in ((["bad.jsonl", "--export-chat", "train.jsonl"], "bad.jsonl:1"), (["rows.jsonl"], "--output"),
-                       (["rows.jsonl", "--export-chat", "rows.jsonl"], "rows.jsonl"),
                        (["rows.jsonl", "--export-chat", "t.jsonl", "--output", "o.jsonl"], "--output")):
         assert name in run(*args, key=None, code=2, cwd=tmp_path).error
-    assert (tmp_path / "train.jsonl").read_bytes() == train and (tmp_path / "rows.jsonl").read_bytes() == rows
+    assert len(lines(tmp_path / "train.jsonl")) == 2
 
-
-def test_the_bar_shows_rate_tokens_failures_and_cost(tmp_path):
-    with Server() as server:
-        done = run(*write_captions(tmp_path, 10), "--price-in", 1000, "--price-out", 10_000, server=server, cwd=tmp_path)
-    # 20 calls of 30 tokens sent and 10 answered
-    assert re.search(r"10/10 .*rows/s, 800 tokens, \$2.60 of about \$2.60, 0 failed", done.err)
+def test_sheet(tmp_path):
+    """Tabs, line ends, quotes and emoji stay in their cells; the figures by hand; the same sample each time."""
+    texts = [('a "red\tdog"', "a red 😀 dog", "a red dog barks"), ("one two\nthree four", "one two three four", '"five" six'),
+             ('"never closed', "closed never", "shut")]
+    with open(tmp_path / "rows.jsonl", "w") as file:
+        file.writelines(json.dumps(dict(zip(ROW_KEYS, (f"a/{n}", *text)))) + "\n" for n, text in enumerate(texts))
+    out = run("rows.jsonl", "--sheet", "sheet.tsv", key=None, cwd=tmp_path).out
+    head, *cells = csv.reader((tmp_path / "sheet.tsv").read_text().splitlines(), delimiter="\t")
+    assert head[0] == "image_id" and len(head) == 5
+    assert cells == [[f"a/{n}", *(" ".join(text.split()) for text in texts[n]), share] for n, share in enumerate(("100", "0", "0"))]
+    assert len((tmp_path / "sheet.tsv").read_text().splitlines()) == 4
+    # words 3, 3, 4; 4, 4, 2; 2, 2, 1. Kept in T': 3/3, 4/4, 2/2; in T'': 3/3, 0, 0. T' is T in the second row alone
+    assert "3 rows" in out and "T 3.0, T' 3.0, T'' 2.3" in out
+    assert re.search(r"100%.* 33%.*80%.* 33\.3%.* 33\.3%", out), out
+    for name in ("b.tsv", "c.tsv"):
+        run("rows.jsonl", "--sheet", name, "--limit", 2, key=None, cwd=tmp_path)
+    assert (tmp_path / "b.tsv").read_text() == (tmp_path / "c.tsv").read_text() and len(lines(tmp_path / "rows.jsonl")) == 3
+    assert len((tmp_path / "b.tsv").read_text().splitlines()) == 3

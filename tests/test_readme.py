@@ -1,8 +1,10 @@
 """What the README tells a newcomer to type: every command's flags exist, the example runs, and so does the demo."""
 
 import contextlib
+import hashlib
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -14,8 +16,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from generate import parse_flags
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -34,7 +34,7 @@ def test_every_flag_of_every_command_exists(command, tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()  # evaluate.py looks for it at once
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    parse_flags(importlib.import_module(words[script].removesuffix(".py")).Config, "", words[script + 1 :])
+    importlib.import_module(words[script].removesuffix(".py")).parse_args(words[script + 1 :])
 
 
 def test_the_eight_losses_of_table_2():
@@ -43,7 +43,7 @@ def test_the_eight_losses_of_table_2():
 
     lines = next(block for _, block in BLOCKS if block.startswith("--loss"))
     losses = [" ".join(terms.split()) for terms in re.findall(r"--loss ((?:\S+:\S+ ?)+)", lines)]
-    assert len(losses) == 8 and all(paraclip.parse_loss(loss.split()) for loss in losses)
+    assert len(losses) == 8 and {term for loss in losses for term in loss.split()} <= set(paraclip.TERMS)
     assert {loss for model, loss in evaluate.PAPER if model == "openai" and loss} == set(losses)
 
 
@@ -82,3 +82,32 @@ def test_the_benches_run(world, command, says):
     done = subprocess.run([sys.executable, ROOT / "tests" / script, "--model", f"local-dir:{world}/clip", *flags], check=False,
                           capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and re.search(says, done.stdout), done.stdout + done.stderr
+
+
+def test_table_2_on_photographs(world, tmp_path):
+    """tests/flickr8k.py on a folder in Flickr8k's format: the table, what is finished not done again, one line of error."""
+    (tmp_path / "Images").mkdir()
+    captions = ["image,caption"]
+    for i in range(80):
+        (tmp_path / "Images" / f"{i:04}.jpg").write_bytes((world / "images" / f"{i:04}.jpg").read_bytes())
+        captions += [f'{i:04}.jpg,"a ""big"" dog, number {i} {word}"' for word in ("red", "old", "wet", "new", "far")]
+    (tmp_path / "captions.txt").write_text("\n".join(captions) + "\n")
+
+    def flickr8k(*flags):
+        command = [sys.executable, ROOT / "tests/flickr8k.py", tmp_path, "--model", f"local-dir:{world}/clip", "--output", tmp_path / "out"]
+        return subprocess.run([*command, *flags], check=False, capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    flags = ["--losses", "I:T", "I:T2 T:T1 T1:T2", "--seeds", "2", "--test", "20", "--batch-size", "20", "--epochs", "1"]
+    done = flickr8k(*flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\| none \| \d+\.\d .*\n\| `I:T` \| \d+\.\d ± \d+\.\d \([+-]\d+\.\d\) .*\n\| `I:T2 T:T1 T1:T2` \|", done.stdout)
+    names = sorted((hashlib.md5(f"{i:04}.jpg".encode()).hexdigest(), f"{i:04}.jpg") for i in range(80))
+    assert sorted(os.listdir(tmp_path / "out/benchmarks/coco/val2017")) == sorted(name for _, name in names[:20])
+    row = json.loads((tmp_path / "out/rows.jsonl").read_text().splitlines()[0])
+    assert row["image_id"] + ".jpg" == names[20][1] and row["paraphrase_1"].endswith("old") and row["paraphrase_2"].endswith("wet")
+    assert (tmp_path / "out/figure3.png").exists() and "I:T" in json.loads((tmp_path / "out/table.json").read_text())
+    before = (tmp_path / "out/IT-0/config.json").stat().st_mtime_ns
+    assert flickr8k(*flags).returncode == 0 and (tmp_path / "out/IT-0/config.json").stat().st_mtime_ns == before
+    done = flickr8k("--test", "99")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("80 of the 80 photos in captions.txt, --test takes 99")
