@@ -26,8 +26,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from generate import BAR_SECONDS, InputError, at_least, atomic_write, json_lines, reading, run
+from generate import BAR_SECONDS, InputError, at_least, atomic_write, json_object, parsed_lines, reading, run
 from paraclip import BASELINES, CORES, TextEncoder, encode_images, fingerprint, load_model, resolve
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TEXTS_AT_ONCE = 4096  # that TextEncoder sorts by length and encodes in chunks
 
 # ---------------------------------------------------------------- metrics
 
@@ -101,19 +104,20 @@ def by_group(correct, groups):
 
 def read_paraphrases(data):
     """The images' paths, by name, and of each line (query, paraphrase, index of the gold image or -1)."""
-    path, pairs = want(data, "paraphrased_retrieval.jsonl"), []
+    path = want(data, "paraphrased_retrieval.jsonl")
     images = sorted(glob.glob(os.path.join(glob.escape(want(data, "coco/val2017")), "*.jpg")))
     places = {os.path.basename(image).removesuffix(".jpg"): index for index, image in enumerate(images)}
 
-    def take(row):  # of this format, or of generate.py
+    def pair_of(line):  # of this format, or of generate.py
+        row = json_object(line)
         keys = ("query", "paraphrase") if "query" in row else ("caption", "paraphrase_1")
         gold = os.path.basename(row.get("image_id", "")).removesuffix(".jpg")
         gold = places.get(gold, places.get(gold.zfill(12), -1))  # COCO's ids are file names without leading zeros
         if not all(row[key].strip() for key in keys) or "image_id" in row and gold < 0:
             raise ValueError("a blank text, or an image_id that is none of coco/val2017")
-        pairs.append((*(row[key] for key in keys), gold))
+        return *(row[key] for key in keys), gold
 
-    collections.deque(json_lines(path, take), 0)
+    pairs = [pair for _, _, pair in parsed_lines(path, pair_of)]
     if not pairs or len(images) < 10:
         raise InputError(f"{path}: {len(pairs)} pairs, {len(images)} images in coco/val2017; AO@10 takes 10 at least")
     return images, pairs
@@ -377,9 +381,6 @@ def want(data, path):
         raise NotThere(f"{os.path.join(data, path)} is not there ({SOURCES[path.split('/')[0]]})")
     return os.path.join(data, path)
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TEXTS_AT_ONCE = 4096  # that TextEncoder sorts by length and encodes in chunks
-
 
 @functools.cache
 def digest(path):
@@ -416,8 +417,7 @@ def encoders(clip, preprocess, tokenizer, image_cache, args):
 
     def encode_crops(items):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=text_encoder.bf16):
-            encoded = encode_images(clip, preprocess, items, open_crop, args.workers)
-            for (path, _), (feature, reason) in zip(items, encoded):
+            for (path, _), (feature, reason) in zip(items, encode_images(clip, preprocess, items, open_crop, args.workers)):
                 if reason:
                     raise InputError(f"{path}: can't be read as an image ({reason}); get the benchmark's file again")
                 yield feature

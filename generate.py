@@ -6,7 +6,6 @@
     python generate.py rows.jsonl --sheet sheet.tsv                           # a sample to read before you pay for more
     python generate.py rows.jsonl --export-chat train.jsonl                   # to instruction-tune LLaMA, section 3
 
-
 Captions come from .txt (one a line), .tsv (filepath, title), .jsonl (image_id, caption) or .tar (img2dataset's shards).
 Whatever stops a job (Ctrl-C, kill -9, a full disk), the same command resumes it.
 Exit code: 0, every row is written; 1, some captions failed; 2, an error that you must mend; 130, stopped by Ctrl-C.
@@ -31,7 +30,7 @@ import time
 from collections import Counter
 
 import requests
-from tqdm import tqdm
+from tqdm import std, tqdm
 from urllib3.exceptions import HTTPError
 
 PROMPTS = (  # section 2.1, verbatim
@@ -41,10 +40,7 @@ PROMPTS = (  # section 2.1, verbatim
 
 
 def two_step(caption, ask):
-    """Section 2.1: of the caption T, T' without the web's noise, then T'' in other words.
-
-    `ask(prompt, source)` is Endpoint.ask: what it raises for a failed step 1 keeps it from step 2.
-    """
+    """Section 2.1: of the caption T, T' without the web's noise, then T'' in other words. A step 1 that fails raises."""
     paraphrase_1 = ask(PROMPTS[0], caption)
     paraphrase_2 = ask(PROMPTS[1], paraphrase_1, may_echo=False)
     return paraphrase_1, paraphrase_2
@@ -56,7 +52,7 @@ LABEL = re.compile(  # as in "**Paraphrased caption:**" or "Sure! Here is a conc
     r"^[*_\s]*((sure|certainly|of course|okay)[,!.]* )?(here( is|['’]s) )?(([\w-]+ ){0,3}?(paraphrased?|rephrased?|"
     r"reworded|rewritten)( (caption|text|version))?( of [^:\n]{1,40})?|caption)[*_\s]*:[*_\s]*", re.IGNORECASE)
 QUOTED = re.compile(
-    r"""(?:"([^"]*)"|“([^“”]*)”|«([^«»]*)»|`([^`]*)`|\*\*([^*]*)\*\*|['‘]((?:[^'‘’]|(?<=\w)['’](?=\w))*)['’])(\.?)""")
+    r"""^(?:"([^"]*)"|“([^“”]*)”|«([^«»]*)»|`([^`]*)`|\*\*([^*]*)\*\*|['‘]((?:[^'‘’]|(?<=\w)['’](?=\w))*)['’])(\.?)$""")
 REFUSAL = re.compile(
     r"(i['’]?m|i am) (very |so )?(sorry|afraid|unable|not able)\b|sorry,? (but )?(i|as an?)\b|i apologi[sz]e\b|as an? "
     r"(ai|(\w+ )?language model)\b|(unfortunately, )?i (can ?not|can['’]?t) (\w+ )?(assist|help|provide|fulfill?|"
@@ -68,42 +64,35 @@ def tidy(text):
     """The answer without thoughts (of a reasoning model) before it, or white space, a label and quotes around it."""
     before, text = None, text.rpartition("</think>")[2]
     while text != before:
-        before, text = text, LABEL.sub("", text.strip(), count=1)
-        if quoted := QUOTED.fullmatch(text):
-            text = "".join(filter(None, quoted.groups()))
+        before, text = text, QUOTED.sub(r"\1\2\3\4\5\6\7", LABEL.sub("", text.strip()))
     return text
 
 
 def fault(answer, source, finish_reason, may_echo):
     """What is wrong with `answer` as a paraphrase of `source`; "" if nothing is."""
     words, given = (re.findall(r"\w+", text.casefold()) or text for text in (answer, source))
-    faults = {
-        f"finish_reason {finish_reason}": finish_reason in ("length", "content_filter"),
-        "thoughts without an end": answer.startswith("<think>"),
-        "an empty answer": not answer,
-        "more than one line": len(answer.splitlines()) > 1,
-        "a refusal": REFUSAL.match(answer) and not REFUSAL.match(source),
-        "an echo of its input": words == given and not may_echo,
-    }
-    return next((name for name, found in faults.items() if found), "")
+    return ("an empty answer" if not answer
+            else f"finish_reason {finish_reason}" if finish_reason in ("length", "content_filter")
+            else "thoughts without an end" if answer.startswith("<think>")
+            else "more than one line" if len(answer.splitlines()) > 1
+            else "a refusal" if REFUSAL.match(answer) and not REFUSAL.match(source)
+            else "an echo of its input" if words == given and not may_echo else "")
 
 
-# ---------------------------------------------------------------- one HTTP request, and the gate that all of them pass
+# ---------------------------------------------------------------- the server, and the gate that all calls pass
 
 OPENAI = "https://api.openai.com/v1"
-ASKS = 4  # a bad answer is asked again up to 3 times
 LARGEST = 2**20  # bytes of a chat completion
 PARAMETERS = (  # a 400 for every caption: by its first words (LiteLLM), error code or param, or place (FastAPI)
     r'4(00|22)(.{,100}(unsupported.?(param|value)|invalid model)|.*("code": ?"(unsupported_|unknown_param|'
     r'invalid_param|model_not_found)|"param": ?"(?!messages|prompt)\w|"loc": ?\["body", ?"(?!messages)))')
-VERDICTS = (  # the first pattern that fits "STATUS TEXT": what stops the job, or None where this caption alone fails
+VERDICTS = (  # the first pattern that fits "STATUS TEXT": what stops the job, or "" where this caption alone fails
     (r".*insufficient_quota|402", "the account has no credit left"),
     (r"401", "OPENAI_API_KEY is missing or wrong"),
     (r"403(?!.*(flagged|moderation))", "this key may not use this model or server"),  # OpenRouter flags a caption
-    (r"404", "no such --model, or no such --endpoint (must it end in /v1?)"),
-    (r"3", "the server has moved"),
+    (r"3|404", "no such --model, or no such --endpoint (has it moved, must it end in /v1?)"),
     (PARAMETERS, "set --sampling or --model (GPT-5: --sampling max_completion_tokens=2048 reasoning_effort=minimal)"),
-    (r"4(?!08|09|29)", None),
+    (r"4(?!08|09|29)", ""),
 )
 
 
@@ -113,7 +102,6 @@ class RowFailed(Exception):
 
 class Endpoint:
     """An OpenAI-compatible server, shared by all workers: its connections, the gate before it, the counts."""
-
     def __init__(self, flags):
         base = flags.endpoint or os.environ.get("OPENAI_BASE_URL") or OPENAI
         self.flags, self.key = flags, os.environ.get("OPENAI_API_KEY", "").strip()
@@ -128,26 +116,22 @@ class Endpoint:
         # The environment's proxies and certificates, looked up once: at every call that costs a fifth of the speed.
         self.settings = self.session.merge_environment_settings(self.url, {}, True, None, None)
         self.session.trust_env = False
-        self.opens_at = self.next_turn = 0.0  # seconds of time.monotonic()
         self.gate, self.lock, self.stop = threading.Lock(), threading.Lock(), threading.Event()
+        self.opens_at = self.next_turn = 0.0  # seconds of time.monotonic()
         self.reached, self.answered, self.tokens, self.trouble = False, 0, Counter(), ""
 
     def sleep(self, seconds):
         if self.stop.wait(seconds):
             raise InputError("stopped")  # never shown: another error, or Ctrl-C, has stopped the job
 
-    def wait_turn(self):
-        """The gate: return when this worker may send. The first in the queue waits inside, the others behind it."""
-        with self.gate:
+    def post(self, prompt):
+        """Send one user message. Returns the HTTP status (0 for no answer), the text, its Retry-After in s or None."""
+        with self.gate:  # the first in the queue waits inside, the others behind it
             while (pause := max(self.opens_at, self.next_turn) - time.monotonic()) > 0:
                 self.sleep(pause)
             self.next_turn = time.monotonic() + 60 / (self.flags.requests_per_minute or float("inf"))
-
-    def post(self, prompt):
-        """Send one user message. Returns the HTTP status (0 for no answer), the text, its Retry-After in s or None."""
         body = {**self.flags.sampling, "model": self.flags.model, "messages": [{"role": "user", "content": prompt}]}
-        limit, said = self.flags.timeout, b""
-        until = time.monotonic() + limit
+        limit, said, until = self.flags.timeout, b"", time.monotonic() + self.flags.timeout
         try:
             with self.session.post(self.url, json=body, timeout=limit, allow_redirects=False, **self.settings) as reply:
                 self.reached, status, pause = True, reply.status_code, retry_after(reply.headers.get("Retry-After", ""))
@@ -166,29 +150,27 @@ class Endpoint:
             reply = json.loads(said[:LARGEST])
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             with self.lock:
-                self.tokens.update({"in": usage.get("prompt_tokens") or 0, "out": usage.get("completion_tokens") or 0})
+                self.tokens.update({kind: usage.get(f"{kind}_tokens") or 0 for kind in ("prompt", "completion")})
             answer = choice["message"].get("content") or ""
             if isinstance(answer, list):  # of parts; those of thoughts have no "text"
                 answer = "".join(part.get("text") or "" for part in answer)
-            answer = tidy(answer)
-            return answer, fault(answer, source, choice.get("finish_reason"), may_echo)
+            return tidy(answer), fault(tidy(answer), source, choice.get("finish_reason"), may_echo)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return " ".join(said[:999].split()), "no chat completion"
+            return said, "no chat completion"
 
     def ask(self, prompt, source, may_echo=True):
         """A good answer to `prompt` about `source`. Raises RowFailed if there is none, InputError if never any."""
         asks = tries = 0
         while True:
             answered = self.answered
-            self.wait_turn()
             status, said, pause = self.post(prompt.format(source))
             if status == 200:
                 self.answered, self.trouble, asks = self.answered + 1, "", asks + 1
                 answer, why = self.judge(said, source, may_echo)
                 if not why:
                     return answer
-                if asks == ASKS:
-                    raise RowFailed(f"{why}, {asks} times; the last: {answer[:200]}")
+                if asks == 4:  # a bad answer is asked again up to 3 times
+                    raise RowFailed(f"{why}, 4 times; the last: {' '.join(answer.split())[:200]}")
                 continue
             self.trouble = reason = (f"HTTP {status}: " if status else "") + " ".join(said.split())[:200]
             for pattern, advice in VERDICTS:
@@ -198,8 +180,7 @@ class Endpoint:
             # A 429 while others get through is no fault of this caption, and starts its count again.
             tries = 0 if status == 429 and self.answered > answered else tries + 1
             if tries > self.flags.max_retries:
-                reason = f"{reason}, {tries} times"
-                raise RowFailed(reason) if self.reached else InputError(f"{self.url}: {reason}: is --endpoint right?")
+                raise (RowFailed if self.reached else InputError)(f"{reason}, {tries} times; --endpoint: {self.url}")
             delay = pause or random.uniform(0, min(60, 2**tries))  # full jitter
             if pause or status == 429:  # close the gate to all workers
                 with self.lock:
@@ -219,7 +200,9 @@ def retry_after(value):
 # ---------------------------------------------------------------- what the three scripts share
 
 ROW_KEYS = ("image_id", "caption", "paraphrase_1", "paraphrase_2")  # the paper's x_I, T, T', T''
+UNSAFE = re.compile(r"^\s*$|^/|(^|/)\.\.(/|$)|[\\\0\n\r]")  # an image_id that may lead out of the image root, on any system
 BAR_SECONDS = 0.3 if sys.stderr.isatty() else 30  # between two states of a progress bar; few of them in a log file
+std.time = time.monotonic  # for every bar
 
 
 class InputError(Exception):
@@ -231,8 +214,6 @@ def run(main):
     try:
         sys.exit(main())
     except (InputError, OSError) as error:
-        if isinstance(error, OSError):
-            error = f"{error.filename or 'writing'}: {error.strerror or error}"
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # under torchrun rank 0 says it first, and the others are ended
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
@@ -245,26 +226,22 @@ def run(main):
 def at_least(least, kind=int):
     """An argparse type: a number of `kind`, `least` or more."""
     def number(text):
-        if not kind(text) >= least:  # so is nan
-            raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
-        return kind(text)
+        if kind(text) >= least:  # nan is not
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
     return number
 
 
-def damaged(place, error):
-    """The InputError for whatever the reader of a damaged file raised."""
-    return InputError(f"{place}: can't be read: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}")
-
-
 @contextlib.contextmanager
-def reading(path):
-    """The one guard around every reader of a file: what it raises becomes an InputError that names `path`."""
+def reading(place):
+    """The one guard around whatever reads a file: what it raises becomes an InputError that names `place`."""
     try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or getattr(error, "filename", None):  # an OSError's, which says enough
             raise
-        raise damaged(path, error) from None
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{place() if callable(place) else place}: can't be read: {said}") from None
 
 
 @contextlib.contextmanager
@@ -272,7 +249,7 @@ def atomic_write(path, mode="w"):
     """Open a file that replaces `path` when the block ends well; if it fails, the old one stays whole."""
     part = f"{path}.{os.uname().nodename}-{os.getpid()}.part"  # no other process's, on any host that shares the disk
     try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(part, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -287,24 +264,14 @@ def atomic_write(path, mode="w"):
 
 def expand(patterns):
     """The files that paths or globs name, each pattern's sorted; a glob leaves out *.failed.jsonl, no rows."""
-    paths = []
-    for pattern in patterns:
-        found = [path for path in glob.glob(pattern, recursive=True) if ".failed." not in os.path.basename(path)]
-        paths += sorted(found) or [pattern]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: {'a folder, not a file' if os.path.isdir(path) else 'no such file'}")
-    return paths
-
-
-def is_safe(image_id):
-    """True for a relative path that stays below its root, on any system."""
-    return not re.search(r"^\s*$|^/|(^|/)\.\.(/|$)|[\\\0\n\r]", image_id)
+    found = [[path for path in sorted(glob.glob(pattern, recursive=True)) if ".failed." not in os.path.basename(path)]
+             or [pattern] for pattern in patterns]
+    return list(itertools.chain(*found))
 
 
 def json_object(line):
     """The dict in a line of JSON (bytes). Half an emoji, which JSON can hold and UTF-8 can't, becomes a "?"."""
-    row = json.loads(line.decode().removeprefix("\ufeff"))
+    row = json.loads(line.decode("utf-8-sig"))
     if b"\\ud" in line.lower():
         row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
     if type(row.get("image_id")) is int:
@@ -312,36 +279,28 @@ def json_object(line):
     return row
 
 
-def parsed_lines(path, parse, check=lambda parsed: None):
-    """Yield (line number, byte offset, parse(line)) of the lines that aren't blank. Raises InputError at file:line."""
-    offset = 0
-    with open(path, "rb") as lines:
+def row_of(line):
+    """The row in a line: a dict with four texts, none of them blank, and an image_id that stays below its root."""
+    row = json_object(line)
+    if not all(row[key].strip() for key in ROW_KEYS) or UNSAFE.search(row["image_id"]):
+        raise ValueError(f"a blank text, or image_id {row['image_id']!r} points out of the image root")
+    return row
+
+
+def parsed_lines(path, parse=json_object):
+    """Yield ("file:line", byte offset, parse(line)) of the lines that aren't blank. Raises InputError at file:line."""
+    offset = number = 0
+    with reading(lambda: f"{path}:{number}"), open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.isspace():
-                try:
-                    parsed = parse(line)
-                    check(parsed)
-                except Exception as error:  # noqa: BLE001 - json's, and those of a value that is no text, dict, ...
-                    raise damaged(f"{path}:{number}", error) from None
-                yield number, offset, parsed
+                yield f"{path}:{number}", offset, parse(line)
             offset += len(line)
-
-
-def json_lines(path, check=lambda row: None):
-    """Yield (line number, byte offset, dict) of a JSONL file; `check` raises an exception for a dict that is wrong."""
-    return parsed_lines(path, json_object, check)
-
-
-def check_row(row):
-    """Raise an exception unless the four keys have texts, none of them blank, and image_id stays below its root."""
-    if not all(row[key].strip() for key in ROW_KEYS) or not is_safe(row["image_id"]):
-        raise ValueError(f"a blank text, or image_id {row['image_id']!r} points out of the image root")
 
 
 def read_rows(patterns):
     """Yield (path, byte offset, row) of the JSONL files that paths or globs name. Raises InputError at file:line."""
     for path in expand(patterns):
-        for _, offset, row in json_lines(path, check_row):
+        for _, offset, row in parsed_lines(path, row_of):
             yield path, offset, row
 
 
@@ -353,35 +312,33 @@ def tar_files(tar):
                 yield member
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) != bytes(512):
-            raise InputError(f"{tar.name}: damaged or cut off at byte {tar.offset:,}")
+            raise ValueError(f"damaged or cut off at byte {tar.offset:,}")
 
 
 # ---------------------------------------------------------------- captions, streamed
 
-
-def text_of(line):
-    return line.decode().removeprefix("\ufeff").rstrip("\r\n")
-
-
 def read_txt(path):
-    for number, offset, caption in parsed_lines(path, text_of):
-        yield number, offset, {"image_id": str(number), "caption": caption}
+    for place, offset, line in parsed_lines(path, bytes.decode):
+        yield place, offset, {"image_id": place.rpartition(":")[2], "caption": line.strip("\ufeff\r\n")}
 
 
 def read_tsv(path):
     """A quote is CSV's where it opens and closes a whole cell; else, as in 5" lamp, it stands for itself."""
-    header = None
-    for number, offset, line in parsed_lines(path, text_of):
-        cells = line.split("\t")
-        if '"' in line:
-            with contextlib.suppress(csv.Error):  # a line at a time: no quote swallows the next one
-                cells = next(csv.reader([line], delimiter="\t", strict=True))
-        header = header or cells
-        if len(cells) != len(header) or "filepath" not in header or "title" not in header:
-            raise InputError(f"{path}:{number}: must have the header's columns, filepath and title among them")
-        if cells is not header:
-            row = dict(zip(header, cells))
-            yield number, offset, {"image_id": row["filepath"], "caption": row["title"]}
+    header = []
+
+    def parse(line):
+        line = line.decode("utf-8-sig").rstrip("\r\n")
+        try:  # a line at a time: no quote swallows the next one
+            cells = next(csv.reader([line], "excel-tab", strict=True))
+        except csv.Error:
+            cells = line.split("\t")
+        header.extend([] if header else cells)
+        if len(cells) != len(header) or not {"filepath", "title"} <= {*header}:
+            raise ValueError("must have the header's columns, filepath and title among them")
+        row = dict(zip(header, cells))
+        return {"image_id": row["filepath"], "caption": row["title"]}
+
+    return itertools.islice(parsed_lines(path, parse), 1, None)  # without the header
 
 
 def read_tar(path):
@@ -389,48 +346,49 @@ def read_tar(path):
     shard = os.path.basename(path).removesuffix(".tar")
     with tarfile.open(path, "r:") as tar:
         for key, files in itertools.groupby(tar_files(tar), lambda file: re.sub(r"^\./|\.[^/]*$", "", file.name)):
-            files = {file.name.rpartition(".")[2]: file for file in files}
-            texts = {kind: tar.extractfile(files[kind]).read() for kind in ("txt", "json") if kind in files}
+            texts = {file.name[-4:]: tar.extractfile(file).read() for file in files if file.name.endswith((".txt", "json"))}
             tar.members.clear()  # or tarfile would remember them all
-            caption = text_of(texts.get("txt", b"")) or json_object(texts.get("json", b"{}")).get("caption") or ""
-            yield key, tar.offset, {"image_id": f"{shard}/{key}", "caption": caption}
+            caption = texts.get(".txt", b"").decode() or json_object(texts.get("json", b"{}")).get("caption") or ""
+            yield f"{path}:{key}", tar.offset, {"image_id": f"{shard}/{key}", "caption": caption}
 
 
-READERS = {".txt": read_txt, ".tsv": read_tsv, ".jsonl": json_lines, ".tar": read_tar}
+READERS = {".txt": read_txt, ".tsv": read_tsv, ".jsonl": parsed_lines, ".tar": read_tar}
 
 
-def read_captions(paths):
+def read_captions(patterns):
     """Yield (file:line or shard:key, key_of(row), row with "image_id", "caption", ...) of every caption, in order."""
-    for path in paths:
+    for path in expand(patterns):
+        if not (reader := READERS.get(os.path.splitext(path)[1])):
+            raise InputError(f"{path}: its name must end in one of {' '.join(READERS)}")
         with reading(path):
-            for number, _, row in READERS[os.path.splitext(path)[1]](path):
-                image_id, caption = row.get("image_id"), row.get("caption")
-                if not (isinstance(image_id, str) and isinstance(caption, str) and is_safe(image_id)):
-                    raise InputError(f'{path}:{number}: needs a "caption", and an "image_id" below the image root')
-                yield f"{path}:{number}", key_of(row), row
+            for place, _, row in reader(path):
+                if not isinstance(row.get("caption"), str) or UNSAFE.search(row.get("image_id", "")):
+                    raise InputError(f'{place}: needs a "caption", and an "image_id" below the image root')
+                yield place, key_of(row), {"image_id": row["image_id"], **row}
 
+
+# ---------------------------------------------------------------- the job
 
 def key_of(row):
     """What tells a caption from all others, in 8 bytes: 5 million must fit in memory."""
     return hash((row["image_id"], row["caption"]))
 
 
-# ---------------------------------------------------------------- the job
+def keys_of(file, parse):
+    """The keys of the rows in `file`. A last line that a kill has torn is cut off, if all before it are rows."""
+    def key_or_torn(line):
+        try:
+            return key_of(parse(line))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            if line.endswith(b"\n") or line[:12] != b'{"image_id":'[:len(line)]:
+                raise
 
-GRACE = 8  # seconds that calls in flight get to land when the job is stopped
-STREAK = 1000  # captions failed one after another (100 if nothing was ever answered): the server's fault, not theirs
-
-
-def key_or_torn(line):
-    """The key of the row in a line; None for a last row that a kill has torn; raises an exception for anything else."""
-    try:
-        row = json_object(line)
-    except ValueError:
-        if line.endswith(b"\n") or line[:12] != b'{"image_id":'[:len(line)]:
-            raise
-        return None
-    check_row(row)
-    return key_of(row)
+    keys = set()
+    for _, offset, key in parsed_lines(file.name, key_or_torn):
+        keys.add(key)
+    if None in keys:
+        file.truncate(offset)
+    return keys - {None}
 
 
 def append(file, row):
@@ -444,17 +402,17 @@ def append(file, row):
         raise InputError(f"{file.name}: the disk is full; make room, and the same command resumes")
 
 
-def plan(flags, paths, done):
+def plan(flags, done):
     """The keys of the captions to paraphrase, those in `done` included, by one pass before the first paid call."""
     kept, seen, strange, sizes, limit = set(), set(), set(done), Counter(), flags.limit or sys.maxsize
-    captions = tqdm(read_captions(paths), "reading captions", unit="", leave=False, disable=None)
+    captions = tqdm(read_captions(flags.captions), "reading captions", unit="", leave=False, disable=None)
     for n, (place, key, row) in enumerate(captions):
-        if (image := hash(row["image_id"])) in seen:
-            first = next(place for place, _, other in read_captions(paths) if other["image_id"] == row["image_id"])
-            raise InputError(f'image_id "{row["image_id"]}" is there twice: {first} and {place}')
-        seen.add(image)
-        if n % flags.parts == flags.part:
-            words = len(row["caption"].split())
+        image, words = row["image_id"], len(row["caption"].split())
+        if hash(image) in seen:
+            first = next(first for first, _, other in read_captions(flags.captions) if other["image_id"] == image)
+            raise InputError(f'image_id "{image}" is there twice: {first} and {place}')
+        seen.add(hash(image))
+        if n % flags.shard[1] == flags.shard[0]:
             size = "short" if words < max(flags.min_words, 1) else "long" if words > flags.max_words else "kept"
             sizes[size] += 1
             strange.discard(key)
@@ -464,8 +422,7 @@ def plan(flags, paths, done):
             break
     print(f"{sizes['kept']:,} captions kept, {sizes['short']:,} too short, {sizes['long']:,} too long")
     if strange:
-        raise InputError(f"--output {flags.output}: {len(strange):,} of its rows are of none of these captions, but of "
-                         "another job or --shard: give this one its own")
+        raise InputError(f"{flags.output}: {len(strange):,} of its rows are of another job or --shard: give this its own")
     if not kept:
         raise InputError(f"{' '.join(flags.captions)}: no caption is kept (--min-words, --max-words)")
     return kept
@@ -473,97 +430,81 @@ def plan(flags, paths, done):
 
 def work(flags, endpoint, captions, rows, journal, bar):
     """Paraphrase `captions` in threads; each goes to `rows` or `journal` (file, keys) at once. Raises what stops it."""
-    lock, errors, streak, count = threading.Lock(), [], 0, Counter()
+    lock, errors, count = threading.Lock(), [], Counter()
 
     def worker():
-        nonlocal streak
         try:
             while not endpoint.stop.is_set():
                 with lock:
-                    key, row = next(captions, (None, None))
+                    row = next(captions, None)
                 if row is None:
                     return
-                (file, keys), reason = rows, ""
+                (file, keys), reason, key = rows, "", key_of(row)
                 try:
                     row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
                 except RowFailed as failure:
-                    (file, keys), reason = journal, str(failure)
-                    row["reason"] = reason
+                    (file, keys), row["reason"] = journal, (reason := str(failure))
                 with lock:
                     append(file, row)
                     keys.add(key)
                     count.update(done=1, failed=1 if reason else 0)
-                    streak = streak + 1 if reason else 0
-                if streak >= (STREAK if endpoint.answered else STREAK // 10):
-                    raise InputError(f"{streak} captions failed one after another, the last: {reason}")
+                    count["in a row"] = count["in a row"] + 1 if reason else 0
+                if count["in a row"] >= (1000 if endpoint.answered else 100):  # the server's fault, not theirs
+                    raise InputError(f"{count['in a row']} captions failed one after another, the last: {reason}")
         except BaseException as error:  # noqa: BLE001 - the main thread raises the first
             errors.append(error)
             endpoint.stop.set()
 
-    def show():
+    threads = [threading.Thread(target=worker, daemon=True) for _ in range(flags.concurrency)]
+    for thread in threads:
+        thread.start()
+    working, until = True, float("inf")
+    while working:
+        try:
+            time.sleep(0.3)
+        except KeyboardInterrupt as error:
+            errors.insert(0, error)
+            endpoint.stop.set()
+        if endpoint.stop.is_set():  # calls in flight get 8 seconds to land
+            until = min(until, time.monotonic() + 8)
+        working = any(thread.is_alive() for thread in threads) and time.monotonic() < until
         os.fsync(rows[0].fileno())
-        tokens, held, last = endpoint.tokens, endpoint.opens_at - time.monotonic(), endpoint.trouble
-        spent = (tokens["in"] * flags.price_in + tokens["out"] * flags.price_out) / 1e6
+        tokens, pause = endpoint.tokens, endpoint.opens_at - time.monotonic()
+        spent = (tokens["prompt"] * flags.price_in + tokens["completion"] * flags.price_out) / 1e6
         about = spent / max(count["done"], 1) * (bar.total - bar.initial)
-        shown = (f"{tokens.total():,} tokens", spent and f"${spent:.2f} of about ${about:.2f}",
-                 f"{count['failed']} failed", held > 1 and f"all wait {held:.0f} s", last and f"last: {last[:60]}")
+        shown = (f"{tokens.total():,} tokens", spent and f"${spent:.2f} of about ${about:.2f}", f"{count['failed']} failed",
+                 pause > 1 and f"all wait {pause:.0f} s", endpoint.trouble and f"last: {endpoint.trouble[:60]}")
         bar.set_postfix_str(", ".join(filter(None, shown)), refresh=False)
         bar.update(bar.initial + count["done"] - bar.n)
-
-    threads = [threading.Thread(target=worker, daemon=True) for _ in range(flags.concurrency)]
-    try:
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads) and not endpoint.stop.wait(0.3):
-            show()
-    except KeyboardInterrupt as error:
-        errors.insert(0, error)
-    endpoint.stop.set()
-    until = time.monotonic() + GRACE
-    while any(thread.is_alive() for thread in threads) and time.monotonic() < until:
-        time.sleep(0.1)
-    lock.acquire()  # and never released: what lands from here on is left for the next run
-    show()
     if errors:
         raise errors[0]
 
 
 def generate(flags):
     """The whole job. Returns the exit code."""
-    endpoint, paths, done, failed = Endpoint(flags), expand(flags.captions), set(), set()
-    failed_path = "{}.failed{}".format(*os.path.splitext(flags.output))
+    endpoint, failed_path = Endpoint(flags), "{}.failed{}".format(*os.path.splitext(flags.output))
     os.makedirs(os.path.dirname(flags.output) or ".", exist_ok=True)
     with open(flags.output, "ab+", buffering=0) as rows, open(failed_path, "ab+", buffering=0) as journal:
         try:
             fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{flags.output}: another generate.py is writing to it; give this one its own") from None
-        for _, offset, key in parsed_lines(flags.output, key_or_torn):
-            if key is None:
-                rows.truncate(offset)
-            else:
-                done.add(key)
-        with open(failed_path, "rb") as lines:
-            for line in lines:
-                with contextlib.suppress(Exception):  # a line that a kill has torn
-                    failed.add(key_of(json_object(line)))
-        before, kept = len(done), plan(flags, paths, done)
+        done, failed = keys_of(rows, row_of), keys_of(journal, json_object)
+        before, kept = len(done), plan(flags, done)
         todo = (kept & failed if flags.retry_failed else kept - failed) - done
         print(f"{before:,} rows stand in {flags.output}; {len(todo):,} of {len(kept):,} captions to do")
-        captions = ((key, {"image_id": row["image_id"]} | row) for _, key, row in read_captions(paths) if key in todo)
-        bar = tqdm(total=len(kept), initial=len(kept) - len(todo), unit=" rows", mininterval=BAR_SECONDS, miniters=0)
-        bar._time, bar.start_t, bar.last_print_t = time.monotonic, time.monotonic(), time.monotonic()
-        with bar:
-            work(flags, endpoint, itertools.islice(captions, len(todo)), (rows, done), (journal, failed), bar)
+        captions = itertools.islice((row for _, key, row in read_captions(flags.captions) if key in todo), len(todo))
+        began = len(kept) - len(todo)
+        with tqdm(total=len(kept), initial=began, unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
+            work(flags, endpoint, captions, (rows, done), (journal, failed), bar)
     tokens, failed = endpoint.tokens, (failed & kept) - done
-    print(f"{flags.output}: {len(done) - before:,} rows more; tokens: {tokens['in']:,} in, {tokens['out']:,} out")
+    print(f"{flags.output}: {len(done) - before:,} rows more; tokens: {tokens['prompt']:,} in, {tokens['completion']:,} out")
     if failed:
         print(f"{failed_path}: {len(failed):,} captions have failed; the same command with --retry-failed asks again")
     return 1 if failed else 0
 
 
 # ---------------------------------------------------------------- after the job: chats for LLaMA, a sheet to read
-
 
 def export_chat(flags):
     """Section 3: each row as two chats, one a step, to instruction-tune a LLaMA that paraphrases the other captions."""
@@ -582,8 +523,8 @@ def write_sheet(flags):
         cells = [" ".join(row[key].split()) for key in ROW_KEYS]  # no tab or line end
         t, t1, t2 = words = [re.findall(r"\w+", text.casefold()) for text in cells[1:]]
         kept_1, kept_2 = (len({*old} & {*new}) / max(len({*old}), 1) for old, new in itertools.pairwise(words))
-        sums.update(rows=1, t=len(t), t1=len(t1), t2=len(t2), kept_1=kept_1, kept_2=kept_2, same=cells[1] == cells[2],
-                    most=kept_2 > 0.8)
+        sums.update(rows=1, t=len(t), t1=len(t1), t2=len(t2), kept_1=kept_1, kept_2=kept_2, most=kept_2 > 0.8,
+                    same=cells[1] == cells[2])
         if (place := n if n < size else chance.randrange(n + 1)) < size:
             sample[place:place + 1] = [[*cells, round(100 * kept_2)]]
     with atomic_write(flags.sheet) as file:
@@ -591,8 +532,6 @@ def write_sheet(flags):
     means = {name: total / max(sums["rows"], 1) for name, total in sums.items()}
     print(f"{sums['rows']:,} rows. " + "Words: T {t:.1f}, T' {t1:.1f}, T'' {t2:.1f}; of T kept in T' {kept_1:.0%}, of "
           "T' in T'' {kept_2:.0%} (more than 80% in {most:.1%} of the rows); T' is T in {same:.1%}".format_map(means))
-
-# ---------------------------------------------------------------- every flag
 
 
 def key_value(text):
@@ -614,8 +553,7 @@ def parse_args(argv=None):
     to("--sheet", metavar="FILE", help="write a random sample (--limit, else 100) of those rows to it, and stop")
     flag("--endpoint", metavar="URL", help="an OpenAI-compatible server (default: $OPENAI_BASE_URL, else OpenAI's)")
     flag("--model", default="gpt-4o-mini", metavar="NAME", help="the LLM (default: %(default)s, which takes the "
-         "paper's sampling until its shutdown on 2027-01-14; the paper's gpt-35-turbo-0301 is gone). Then: --model "
-         "gpt-6-luna --sampling temperature=1.0 top_p=0.1 max_completion_tokens=512 reasoning_effort=none")
+         "paper's sampling until its shutdown on 2027-01-14; the paper's gpt-35-turbo-0301 is gone)")
     flag("--sampling", nargs="+", type=key_value, metavar="KEY=VALUE", help="what a request holds beside model and "
          "messages (default: temperature=1.0 top_p=0.1 max_tokens=512; Appendix A, the last the authors' script)",
          default={"temperature": 1.0, "top_p": 0.1, "max_tokens": 512})
@@ -632,9 +570,9 @@ def parse_args(argv=None):
     flag("--price-out", type=real, default=0, metavar="USD", help="of a million tokens answered (default: 0)")
     flags = parser.parse_args(argv)
     flags.sampling = dict(flags.sampling)
-    flags.part, flags.parts = map(int, flags.shard.split("/")) if re.fullmatch(r"\d+/\d+", flags.shard) else (0, 0)
-    if flags.part >= flags.parts:
-        parser.error(f"argument --shard: {flags.shard}: must be i/n with i from 0 to n-1")
+    flags.shard = tuple(map(int, re.findall(r"\d+", flags.shard)))
+    if len(flags.shard) != 2 or flags.shard[0] >= flags.shard[1]:
+        parser.error("argument --shard: must be i/n with i from 0 to n-1")
     return flags
 
 
@@ -642,14 +580,9 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's "&" had turned SIGINT off
         signal.signal(number, signal.default_int_handler)
     flags = parse_args()
-    target = flags.output or flags.export_chat or flags.sheet
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise InputError(f"{target}: not a file")
-    for path in expand(flags.captions):
-        if os.path.exists(target) and os.path.samefile(path, target):
-            raise InputError(f"{target}: is one of the inputs")
-        if flags.output and os.path.splitext(path)[1] not in READERS:
-            raise InputError(f"{path}: its name must end in one of {' '.join(READERS)}")
+    target, inputs = flags.output or flags.export_chat or flags.sheet, expand(flags.captions)
+    if os.path.exists(target) and (not os.path.isfile(target) or any(os.path.samefile(target, path) for path in inputs)):
+        raise InputError(f"{target}: not a file, or one of the inputs")
     return generate(flags) if flags.output else export_chat(flags) if flags.export_chat else write_sheet(flags)
 
 

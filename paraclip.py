@@ -157,7 +157,7 @@ class TextEncoder(torch.nn.Module):
                    at + "attn_mask": self.tower.attn_mask[:length, :length]}
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             _, features, *_ = torch.func.functional_call(self.clip, cut, kwargs={"text": tokens}, tie_weights=False)
-        return features.float() if self.bf16 else features
+        return F.normalize(features.to(self.clip.logit_scale), dim=-1)  # once more: bf16 has normalised coarsely
 
 
 def make_optimizer(encoder, args):
