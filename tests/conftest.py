@@ -1,18 +1,20 @@
-"""A tiny CLIP, rows and images in the real formats, for tests that run in seconds without a network."""
+"""Tiny models, rows, images and benchmarks in the real formats, for tests that run in seconds without a network."""
 
+import io
 import json
-import os
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 TINY = {
     "embed_dim": 32,
@@ -20,7 +22,6 @@ TINY = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
 WORDS = ["red", "green", "blue", "small", "large", "round", "square", "dog", "cat", "car", "tree", "house", "river", "above", "below", "near", "old", "new"]
-
 
 def make_clip(folder, model_cfg=TINY, seed=0):
     """Write a random open_clip model as a local-dir and return its --model name."""
@@ -30,7 +31,6 @@ def make_clip(folder, model_cfg=TINY, seed=0):
     torch.manual_seed(seed)
     save_file(open_clip.create_model(f"local-dir:{folder}", pretrained_text=False).state_dict(), folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
-
 
 def make_rows(folder, count, seed=0):
     """Write rows.jsonl and images/*.jpg of `count` examples; texts of 2 to 60 words, so of all lengths a CLIP takes."""
@@ -46,6 +46,36 @@ def make_rows(folder, count, seed=0):
             row = {"image_id": f"{i:04}", "caption": text(), "paraphrase_1": text(), "paraphrase_2": text(), "index": i}
             file.write(json.dumps(row) + "\n")
 
+def tar(members):
+    """The bytes of a tar file."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+def make_roberta(folder):
+    """A small RoBERTa's config and tokenizer as transformers would fetch them, and a CLIP around it."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    (folder / "hf").mkdir()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words = special + [*"abcdefghijklmnopqrstuvwxyz", "\u0120"]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>")
+    transformers.RobertaConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                               intermediate_size=64, max_position_embeddings=130).save_pretrained(folder / "hf")
+    tokenizer.save_pretrained(folder / "hf")
+    (folder / "clip").mkdir()
+    tokenizer.save_pretrained(folder / "clip")
+    text_cfg = {"hf_model_name": str(folder / "hf"), "hf_tokenizer_name": str(folder / "hf"), "hf_pooler_type": "mean_pooler",
+                "hf_model_pretrained": False, "context_length": 77, "hf_proj_type": "linear"}
+    return make_clip(folder / "clip", {**TINY, "text_cfg": text_cfg})
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
@@ -54,3 +84,87 @@ def world(tmp_path_factory):
     make_rows(folder, 80)
     make_clip(folder / "clip")
     return folder
+
+# ---------------------------------------------------------------- benchmarks
+
+NAMES = [f"{139 + 7 * i:012}.jpg" for i in range(14)]
+
+def sentence(random):
+    return " ".join(random.choice(WORDS, random.integers(3, 9)))
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+def make_sts(folder, random):
+    """SentEval's layout with its traps: both prefixes, 4 columns, empty golds, 9 columns, quotes, CRLF, U+2028."""
+    from evaluate import STS
+
+    for year, subsets in [*STS.items()][:5]:
+        for subset in subsets.split():
+            pairs = [(sentence(random), sentence(random)) for _ in range(6)] + [('a "big dog', "\u2028 dog\x85 here")]
+            golds = [f"{g:.3f}" for g in random.uniform(0, 5, 6)] + ["5"]
+            if year in ("STS15", "STS16"):
+                golds[2] = golds[4] = ""
+            prefix = "STS2016" if year == "STS16" else "STS"
+            extra = "\thttp://a\thttp://b" if year == "STS16" else ""
+            place = folder / f"{year}-en-test"
+            write(place / f"{prefix}.input.{subset}.txt", "".join(f"{a}\t{b}{extra}\n" for a, b in pairs))
+            write(place / f"{prefix}.gs.{subset}.txt", "".join(f"{gold}\n" for gold in golds))
+    write(folder / "STS13-en-test" / "STS.gs.SMT.txt", "1\n2\n")
+    rows = [f"main-captions\tMSRvid\t2012test\t{i:04}\t{i % 6}.000\t{sentence(random)}\t{sentence(random)}"
+            for i in range(7)]
+    rows[1] += "\tsource one\tsource two"
+    rows[2] = 'main-news\tfile\t2013\t1\t2.5\t"a dog said\the said "yes"'
+    write(folder / "STSBenchmark" / "sts-test.csv", "\n".join(rows) + "\n")
+    rows = [f"{i}\t{sentence(random)}\t{sentence(random)}\t{1 + i / 2}\tNEUTRAL" for i in range(8)]
+    header = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment"
+    write(folder / "SICK" / "SICK_test_annotated.txt", "\r\n".join([header, *rows]) + "\r\n")
+
+def aro_example(name, box, true, false, **more):
+    return {"image_path": name, **dict(zip(("bbox_x", "bbox_y", "bbox_w", "bbox_h"), box)), "true_caption": true,
+            "false_caption": false, "image_id": 1, **more}
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Every benchmark but ImageNet, small."""
+    folder, random = tmp_path_factory.mktemp("benchmarks"), np.random.default_rng(0)
+    for name in NAMES:
+        pixels = np.kron(random.integers(0, 256, (6, 8, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+        write(folder / "coco/val2017" / name, b"")
+        Image.fromarray(pixels).save(folder / "coco/val2017" / name)
+    write(folder / "coco/val2017" / NAMES[9], (folder / "coco/val2017" / NAMES[2]).read_bytes())  # two that tie
+    images = [{"id": int(name[:-4]), "file_name": name} for name in reversed(NAMES)]
+    annotations = [{"image_id": image["id"], "id": i, "caption": sentence(random) + " sixth" * (i // len(NAMES) == 5)}
+                   for i, image in enumerate(images * 6)]
+    annotations[3]["caption"] = annotations[20]["caption"] = "A dog.\n"
+    write(folder / "coco/annotations/captions_val2017.json", json.dumps({"images": images, "annotations": annotations}))
+    pairs = [{"query": sentence(random), "paraphrase": sentence(random), "image_id": image_id}
+             for image_id in (139, "146", NAMES[2], NAMES[3][:-4])]
+    pairs += [{"query": "the same", "paraphrase": "The  SAME"}]
+    pairs += [{"image_id": "val2017/000000000146", "caption": "a dog", "paraphrase_1": "a hound", "paraphrase_2": "x"}]  # generate.py's
+    write(folder / "paraphrased_retrieval.jsonl", "\n".join(map(json.dumps, pairs)))  # no newline at its end
+    Image.fromarray(random.integers(0, 256, (40, 60, 3), np.uint8)).save(folder / "aro_image.png")
+    write(folder / "aro/images/1.png", (folder / "aro_image.png").read_bytes())
+    relation = [aro_example("1.png", (i, i, 20 + i, 20), sentence(random), sentence(random), relation_name=name)
+                for i, name in enumerate(["on", "on", "on", "under", "next to", "holding"])]
+    write(folder / "aro/visual_genome_relation.json", json.dumps(relation))
+    attributes = [["red", "wet"]] * 25 + [["wet", "red"]] * 24 + [["old", "big"]] * 26
+    attribution = [aro_example("1.png", (i % 9, 0, 30, 30), sentence(random), sentence(random), attributes=both)
+                   for i, both in enumerate(attributes)]
+    write(folder / "aro/visual_genome_attribution.json", json.dumps(attribution))
+    make_sts(folder / "sts", random)
+    return folder
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A random base model, and a run directory: the same image tower, other text weights, as if of openai with I:T."""
+    folder = tmp_path_factory.mktemp("models")
+    make_clip(folder / "base")
+    make_clip(folder / "run")
+    weights = load_file(folder / "run/open_clip_model.safetensors")
+    weights = {name: w if "visual." in name else w + 0.02 * torch.randn(w.shape) for name, w in weights.items()}
+    save_file(weights, folder / "run/open_clip_model.safetensors")
+    record = {"flags": {"loss": ["T:I"]}, "base_model": {"open_clip": "ViT-B-32-quickgelu", "pretrained": "openai"}}
+    (folder / "run/config.json").write_text(json.dumps(record))
+    return [f"local-dir:{folder / 'base'}", str(folder / "run")]

@@ -2,50 +2,40 @@
 
 import argparse
 import glob
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
+import conftest
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import conftest
 
 import paraclip
 from generate import InputError, run
 
 PARACLIP = [("I", "T2"), ("T", "T1"), ("T1", "T2")]
 
-
 # ---------------------------------------------------------------- the naive computation
-
-
 def naive_info_nce(a, b, scale):
     logits = scale * a @ b.T
     targets = torch.arange(len(a))
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-
 
 def naive_terms(clip, tokens, image_features, pairs):
     """The terms of the loss with open_clip's encode_text at 77 tokens, the whole batch on one process."""
     features = {kind: F.normalize(clip.encode_text(tokens[kind]), dim=-1) for kind in tokens}
     features["I"] = image_features.to(clip.logit_scale.dtype)
     return {f"{a}:{b}": naive_info_nce(features[a], features[b], clip.logit_scale.exp()) for a, b in pairs}
-
 
 def examples_of(world, pairs, tokenizer, count=24, dim=32):
     """Examples on the first rows with random stored image features."""
@@ -55,17 +45,14 @@ def examples_of(world, pairs, tokenizer, count=24, dim=32):
     examples.features = [F.normalize(torch.randn(80, dim, generator=torch.Generator().manual_seed(1)), dim=-1).half()]
     return examples
 
-
 def gradients(clip):
     return {name: p.grad.clone() for name, p in clip.named_parameters() if p.grad is not None}
-
 
 def difference(one, other):
     """Largest difference over all tensors, each relative to its largest element (a key's bias has gradient 0: noise)."""
     assert one.keys() == other.keys()
     floor = 1e-6 * max(float(tensor.abs().max()) for tensor in other.values())
     return max(float((one[key] - other[key]).abs().max()) / max(float(other[key].abs().max()), floor) for key in one)
-
 
 @pytest.fixture
 def alone():
@@ -74,33 +61,37 @@ def alone():
     yield
     dist.destroy_process_group()
 
-
-def naive_step(model, world, pairs, dtype, count=24):
+def check_one_step(model, world, micro_batch, dtype=torch.float64, bound=1e-10):
+    """paraclip.py's terms and all gradients on 24 examples equal the naive ones. Returns the tokens."""
     clip, _, tokenizer = paraclip.load_model(model)
-    clip.to(dtype)
-    tokens, image_features = examples_of(world, pairs, tokenizer, count)[np.arange(count)]
-    terms = naive_terms(clip, tokens, image_features, pairs)
-    sum(terms.values()).backward()
-    return {name: value.item() for name, value in terms.items()}, gradients(clip)
+    naive, _, _ = paraclip.load_model(model)
+    tokens, image_features = examples_of(world, PARACLIP, tokenizer)[np.arange(24)]
+    terms = paraclip.loss_terms(paraclip.TextEncoder(clip.to(dtype), micro_batch), tokens, image_features, PARACLIP)
+    expected = naive_terms(naive.to(dtype), tokens, image_features, PARACLIP)
+    for each in (terms, expected):
+        sum(each.values()).backward()
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}, rel=bound)
+    assert "logit_scale" in gradients(naive) and not any("visual" in name for name in gradients(naive))
+    assert difference(gradients(clip), gradients(naive)) < bound
+    return tokens
 
-
-def worker(model, world, out, micro_batch):
-    """One step of paraclip.py on this rank's half of 24 examples in fp64; rank 0 saves terms and gradients."""
+def worker(model, world, out):
+    """One step of paraclip.py on this rank's half of 24 examples in fp64, whole and in micro-batches; rank 0 saves both."""
     paraclip.set_up_ranks()
-    clip, _, tokenizer = paraclip.load_model(model)
-    clip.double()
-    config = argparse.Namespace(batch_size=24, epochs=1, seed=0)
-    part = next(paraclip.batches(24, config, 0))
-    tokens, image_features = examples_of(Path(world), PARACLIP, tokenizer)[part]
-    encoder = torch.nn.parallel.DistributedDataParallel(paraclip.TextEncoder(clip, int(micro_batch)))
-    terms = paraclip.loss_terms(encoder, tokens, image_features, PARACLIP)
-    (dist.get_world_size() * sum(terms.values())).backward()
-    shares = torch.stack(list(terms.values())).detach()
-    dist.all_reduce(shares)
+    part, steps = next(paraclip.batches(24, argparse.Namespace(batch_size=24, epochs=1, seed=0), 0)), []
+    for micro_batch in (0, 7):
+        clip, _, tokenizer = paraclip.load_model(model)
+        tokens, image_features = examples_of(Path(world), PARACLIP, tokenizer)[part]
+        encoder = torch.nn.parallel.DistributedDataParallel(paraclip.TextEncoder(clip.double(), micro_batch))
+        terms = paraclip.loss_terms(encoder, tokens, image_features, PARACLIP)
+        (dist.get_world_size() * sum(terms.values())).backward()
+        shares = torch.stack(list(terms.values())).detach()
+        dist.all_reduce(shares)
+        steps.append((dict(zip(terms, shares.tolist())), gradients(clip)))
     if dist.get_rank() == 0:
-        torch.save({"terms": dict(zip(terms, shares.tolist())), "gradients": gradients(clip)}, out)
+        torch.save(steps, out)
     dist.destroy_process_group()
-
 
 def torchrun(*arguments, options=(), **kwargs):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *options]
@@ -108,48 +99,33 @@ def torchrun(*arguments, options=(), **kwargs):
     return subprocess.Popen([*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, **kwargs)
 
-
 # ---------------------------------------------------------------- one step
-
-
 @pytest.mark.parametrize("micro_batch", [0, 7])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_one_step_equals_the_naive_one(world, alone, micro_batch, dtype, bound):
-    model = f"local-dir:{world}/clip"
-    expected, expected_gradients = naive_step(model, world, PARACLIP, dtype)
-    clip, _, tokenizer = paraclip.load_model(model)
-    tokens, image_features = examples_of(world, PARACLIP, tokenizer)[np.arange(24)]
-    terms = paraclip.loss_terms(paraclip.TextEncoder(clip.to(dtype), micro_batch), tokens, image_features, PARACLIP)
-    sum(terms.values()).backward()
-    assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=bound)
-    assert "logit_scale" in expected_gradients and not any("visual" in name for name in expected_gradients)
-    assert difference(gradients(clip), expected_gradients) < bound
+    check_one_step(f"local-dir:{world}/clip", world, micro_batch, dtype, bound)
 
-
-@pytest.mark.parametrize("micro_batch", [0, 7])
-def test_two_ranks_equal_the_naive_step(world, alone, tmp_path, micro_batch):
+def test_two_ranks_equal_the_naive_step(world, alone, tmp_path):
     model, out = f"local-dir:{world}/clip", tmp_path / "step.pt"
-    process = torchrun(__file__, model, world, out, micro_batch)
+    process = torchrun(__file__, model, world, out)
     assert process.wait(120) == 0, process.stdout.read()
-    step = torch.load(out)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).numpy()
     clip, _, tokenizer = paraclip.load_model(model)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).numpy()
     tokens, image_features = examples_of(world, PARACLIP, tokenizer)[order]
     expected = naive_terms(clip.double(), tokens, image_features, PARACLIP)
     sum(expected.values()).backward()
-    assert step["terms"] == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-10)
-    assert difference(step["gradients"], gradients(clip)) < 1e-10
-
+    for terms, found in torch.load(out):
+        assert terms == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-10)
+        assert difference(found, gradients(clip)) < 1e-10
 
 def test_info_nce_is_the_sum_of_its_shares():
-    a, b = F.normalize(torch.randn(2, 10, 8, dtype=torch.float64), dim=-1).requires_grad_()
-    a, b, scale = a.detach().requires_grad_(), b.detach().requires_grad_(), torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
+    a, b = (F.normalize(torch.randn(10, 8).double(), dim=-1).requires_grad_() for _ in "ab")
+    scale = torch.tensor(14.0).double().requires_grad_()
     expected = torch.autograd.grad(naive_info_nce(a, b, scale), (a, b, scale))
     shares = [paraclip.info_nce(a, b, scale, slice(start, start + 4)) for start in (0, 4, 8)]
     assert sum(shares).item() == pytest.approx(naive_info_nce(a, b, scale).item(), rel=1e-12)
     for one, other in zip(torch.autograd.grad(sum(shares), (a, b, scale)), expected):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
-
 
 def test_batches_are_the_same_for_any_number_of_ranks(monkeypatch):
     config = argparse.Namespace(batch_size=12, epochs=2, seed=3)
@@ -166,7 +142,6 @@ def test_batches_are_the_same_for_any_number_of_ranks(monkeypatch):
     first, second = ([i for step in steps for i in parts[1, 0][step].tolist()] for steps in ((0, 1), (2, 3, 4)))
     assert len(set(first)) == 24 and len(set(second)) == 36  # an epoch repeats no row
 
-
 def test_three_steps_of_adamw_equal_a_naive_loop(world, alone, tmp_path):
     model = f"local-dir:{world}/clip"
     args = paraclip.parse_args(["--rows", "", "--batch-size", "8", "--lr", "1e-3", "--weight-decay", "0.1", "--workers", "0",
@@ -175,7 +150,6 @@ def test_three_steps_of_adamw_equal_a_naive_loop(world, alone, tmp_path):
     examples = examples_of(world, PARACLIP, tokenizer)
     encoder = paraclip.TextEncoder(clip.double())
     paraclip.train(encoder, paraclip.make_optimizer(encoder, args), examples, 3, 0, args)
-
     naive, _, _ = paraclip.load_model(model)
     naive.double()
     decay = [p for n, p in naive.named_parameters() if not n.startswith("visual.") and p.ndim > 1]
@@ -197,16 +171,12 @@ def test_three_steps_of_adamw_equal_a_naive_loop(world, alone, tmp_path):
     assert [entry["lr"] for entry in log] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
     assert difference(dict(clip.state_dict()), dict(naive.state_dict())) < 1e-8
 
-
 # ---------------------------------------------------------------- runs, as a user starts them
-
-
 def flags(world, output, **more):
     values = {"rows": world / "rows.jsonl", "images": world / "images", "model": f"local-dir:{world}/clip",
               "output": output, "batch_size": 8, "lr": 1e-3, "workers": 0, **more}
     return [str(part) for key, value in values.items() if value is not None
             for part in ("--" + key.replace("_", "-"), *(value if isinstance(value, list) else [value]))]
-
 
 def train(*arguments):
     """paraclip.py in this process; returns its exit code."""
@@ -220,13 +190,11 @@ def train(*arguments):
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-
 def start(*arguments, code="pass", **kwargs):
     """paraclip.py in its own process, after `code` has changed it."""
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import paraclip; {code}; paraclip.run(paraclip.main)"
     return subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
-
 
 def wait_for(condition, process, seconds=90):
     end = time.time() + seconds
@@ -234,19 +202,12 @@ def wait_for(condition, process, seconds=90):
         assert time.time() < end and process.poll() is None, process.stdout.read()
         time.sleep(0.01)
 
-
 def log_of(folder):
     path = folder / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-
-def lines(path):
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 def weights_of(folder):
     return load_file(folder / "open_clip_model.safetensors")
-
 
 @pytest.fixture(scope="module")
 def unbroken(world, tmp_path_factory):
@@ -256,7 +217,6 @@ def unbroken(world, tmp_path_factory):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     return folder, output
-
 
 def test_a_run_learns_and_leaves_the_image_tower_alone(world, unbroken):
     folder, output = unbroken
@@ -273,19 +233,19 @@ def test_a_run_learns_and_leaves_the_image_tower_alone(world, unbroken):
     assert f"{trained:,} parameters trained" in output and "8 = 1 x 8" in output and "0 to 40, 4 epoch(s)" in output
     assert "Warning" not in output and "Traceback" not in output
 
+def same_in_open_clip(folder):
+    """The run directory as open_clip loads it gives the text features that load_model gives."""
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a red dog", "blue"])
+    model, (again, _, _) = open_clip.create_model(f"local-dir:{folder}").eval(), paraclip.load_model(str(folder))
+    assert torch.equal(model.encode_text(tokens), again.encode_text(tokens)) and len(set(tokens[0].tolist())) > 4
 
 def test_the_run_directory_is_an_open_clip_model(world, unbroken):
     folder, _ = unbroken
-    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a red dog"])
-    again, _, _ = paraclip.load_model(str(folder))
-    assert torch.equal(model.eval().encode_text(tokens), again.encode_text(tokens))
+    same_in_open_clip(folder)
     record = json.loads((folder / "config.json").read_text())
     assert record["flags"]["batch_size"] == 8 and record["versions"]["torch"] in torch.__version__
     assert record["base_model"]["fingerprint"] == paraclip.fingerprint(paraclip.load_model(f"local-dir:{world}/clip")[0])
-    state = torch.load(folder / "state.pt", weights_only=True)
-    assert state["step"] == 40
-
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 40
 
 def test_killed_and_started_again_is_bit_equal(world, unbroken, tmp_path):
     arguments = flags(world, tmp_path / "run", epochs=4, save_every=7)
@@ -295,7 +255,7 @@ def test_killed_and_started_again_is_bit_equal(world, unbroken, tmp_path):
     process.wait()
     kept = {path: os.stat(path).st_mtime_ns for path in glob.glob(f"{tmp_path}/run/features/*.safetensors")}
     process = start(*arguments, code="paraclip.SLICE = 16")
-    wait_for(lambda: lines(tmp_path / "run" / "log.jsonl") > 24, process)
+    wait_for(lambda: len(log_of(tmp_path / "run")) > 24, process)
     process.kill()  # in mid-run, past the state of step 21
     process.wait()
     process = start(*arguments, code="paraclip.SLICE = 16")
@@ -307,16 +267,14 @@ def test_killed_and_started_again_is_bit_equal(world, unbroken, tmp_path):
     fixed = ("step", "loss", "terms", "lr", "logit_scale", "grad_norm")
     assert [[e[k] for k in fixed] for e in log_of(tmp_path / "run")] == [[e[k] for k in fixed] for e in log_of(unbroken[0])]
 
-
 def test_torchrun_restarts_a_killed_rank(world, unbroken, tmp_path):
     def start_two(folder):
         return torchrun(ROOT / "paraclip.py", *flags(world, folder, epochs=4, save_every=5), options=["--max-restarts", "2"])
-
     process = start_two(tmp_path / "whole")
     text = process.communicate(timeout=200)[0]
     assert process.returncode == 0 and "8 = 2 x 4" in text, text
     process = start_two(tmp_path / "run")
-    wait_for(lambda: lines(tmp_path / "run" / "log.jsonl") > 11, process)
+    wait_for(lambda: len(log_of(tmp_path / "run")) > 11, process)
     for environ in glob.glob("/proc/[0-9]*/environ"):
         try:
             variables, command = Path(environ).read_bytes(), Path(environ).with_name("cmdline").read_bytes()
@@ -331,9 +289,7 @@ def test_torchrun_restarts_a_killed_rank(world, unbroken, tmp_path):
     assert difference(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole")) < 1e-6
     assert [e["loss"] for e in log[:5]] == pytest.approx([e["loss"] for e in log_of(unbroken[0])[:5]], rel=1e-5)
 
-
 TABLE_2 = ["I:T", "T:T1 T1:T2", "I:T I:T1", "I:T I:T1 I:T2", "I:T T:T1", "I:T1 T:T1", "I:T T:T1 T1:T2", "I:T2 T:T1 T1:T2"]
-
 
 @pytest.mark.parametrize("loss", TABLE_2)
 def test_the_losses_of_table_2(world, tmp_path, loss):
@@ -354,73 +310,32 @@ def test_the_losses_of_table_2(world, tmp_path, loss):
     expected = naive_terms(clip, *examples[order], pairs)
     assert first["terms"] == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
 
-
 # ---------------------------------------------------------------- models
-
-
-def make_roberta(folder):
-    """A small RoBERTa's config and tokenizer as transformers would fetch them, and a CLIP around it."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    (folder / "hf").mkdir()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    words = special + [*"abcdefghijklmnopqrstuvwxyz", "\u0120"]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>")
-    transformers.RobertaConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                               intermediate_size=64, max_position_embeddings=130).save_pretrained(folder / "hf")
-    tokenizer.save_pretrained(folder / "hf")
-    (folder / "clip").mkdir()
-    tokenizer.save_pretrained(folder / "clip")
-    text_cfg = {"hf_model_name": str(folder / "hf"), "hf_tokenizer_name": str(folder / "hf"), "hf_pooler_type": "mean_pooler",
-                "hf_model_pretrained": False, "context_length": 77, "hf_proj_type": "linear"}
-    return conftest.make_clip(folder / "clip", {**conftest.TINY, "text_cfg": text_cfg})
-
-
 @pytest.mark.parametrize("micro_batch", [0, 7])
-def test_roberta_equals_the_naive_step_and_trains(world, alone, tmp_path, micro_batch):
-    model = make_roberta(tmp_path)
-    expected, expected_gradients = naive_step(model, world, PARACLIP, torch.float64)
-    clip, _, tokenizer = paraclip.load_model(model)
-    tokens, image_features = examples_of(world, PARACLIP, tokenizer)[np.arange(24)]
-    assert len(set(paraclip.TextEncoder(clip).lengths(tokens["T"]).tolist())) > 3
-    terms = paraclip.loss_terms(paraclip.TextEncoder(clip.double(), micro_batch), tokens, image_features, PARACLIP)
-    sum(terms.values()).backward()
-    assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-10)
-    assert difference(gradients(clip), expected_gradients) < 1e-10
-
+def test_roberta_equals_the_naive_step(world, alone, tmp_path, micro_batch):
+    model = conftest.make_roberta(tmp_path)
+    tokens = check_one_step(model, world, micro_batch)
+    assert len(set(paraclip.TextEncoder(paraclip.load_model(model)[0]).lengths(tokens["T"]).tolist())) > 3
 
 def test_a_roberta_run_directory_loads_in_open_clip(world, tmp_path):
-    assert train(*flags(world, tmp_path / "run", model=make_roberta(tmp_path), batch_size=40)) is None
-    model = open_clip.create_model(f"local-dir:{tmp_path}/run").eval()
-    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}/run")(["a red dog", "blue"])
-    again, _, _ = paraclip.load_model(str(tmp_path / "run"))
-    assert torch.equal(model.encode_text(tokens), again.encode_text(tokens)) and len(set(tokens[0].tolist())) > 4
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch pickled",)
-
+    assert train(*flags(world, tmp_path / "run", model=conftest.make_roberta(tmp_path), batch_size=40)) is None
+    same_in_open_clip(tmp_path / "run")
 
 def test_checkpoint_files_like_laclips(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    clip = open_clip.create_model("ViT-B-32")
+    Path("tiny.json").write_text(json.dumps(conftest.TINY))
+    open_clip.add_model_config("tiny.json")
+    monkeypatch.setitem(paraclip.BASELINES, "laclip", ("tiny", "laion400m_laclip.pt"))
+    clip = open_clip.create_model("tiny")
     weights = {"module." + key: tensor for key, tensor in clip.state_dict().items()}
     torch.save({"state_dict": weights, "epoch": 32, "args": argparse.Namespace(lr=1e-3)}, "laion400m_laclip.pt")
-    for name in ("laclip", "ViT-B-32:laion400m_laclip.pt"):
+    for name in ("laclip", "tiny:laion400m_laclip.pt"):
         loaded, _, _ = paraclip.load_model(name)
         assert all(torch.equal(tensor, clip.state_dict()[key]) for key, tensor in loaded.state_dict().items())
-    torch.save({"state_dict": weights, "args": Evil()}, "evil.pt")
-    with pytest.raises(InputError, match="evil.pt: can.t be read: UnpicklingError"):
-        paraclip.load_model("ViT-B-32:evil.pt")
-    assert not os.path.exists("pickled")
-    with pytest.raises(InputError, match="can't be read: .*size mismatch"):
-        paraclip.load_model("ViT-B-16:laion400m_laclip.pt")
-
+    torch.save({"state_dict": weights, "args": os.system}, "evil.pt")
+    for name, error in (("tiny:evil.pt", "evil.pt: can.t be read: UnpicklingError"), ("ViT-S-32-alt:laion400m_laclip.pt", "can.t be read: ")):
+        with pytest.raises(InputError, match=error):
+            paraclip.load_model(name)
 
 def test_the_five_baselines_name_models_and_tags_that_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -428,26 +343,16 @@ def test_the_five_baselines_name_models_and_tags_that_exist(tmp_path, monkeypatc
     assert all(paraclip.resolve(name) == pair for name, pair in paraclip.BASELINES.items())
     assert open_clip.get_model_config("ViT-B-32-quickgelu")["quick_gelu"]
 
-
 def test_a_tower_that_is_not_causal_is_encoded_whole(world, alone, tmp_path):
     """Nothing is cut where any token may matter; a SigLIP is refused."""
     text_cfg = {**conftest.TINY["text_cfg"], "no_causal_mask": True, "pool_type": "last"}
     (tmp_path / "clip").mkdir()
     model = conftest.make_clip(tmp_path / "clip", {**conftest.TINY, "custom_text": True, "text_cfg": text_cfg})
-    expected, expected_gradients = naive_step(model, world, PARACLIP, torch.float64)
-    clip, _, tokenizer = paraclip.load_model(model)
-    tokens, image_features = examples_of(world, PARACLIP, tokenizer)[np.arange(24)]
-    terms = paraclip.loss_terms(paraclip.TextEncoder(clip.double(), 7), tokens, image_features, PARACLIP)
-    sum(terms.values()).backward()
-    assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected, rel=1e-10)
-    assert difference(gradients(clip), expected_gradients) < 1e-10
+    check_one_step(model, world, 7)
     with pytest.raises(InputError, match="no CLIP with two towers and a softmax loss"):
         paraclip.load_model(conftest.make_clip(tmp_path / "siglip", {**conftest.TINY, "init_logit_bias": -10}))
 
-
 # ---------------------------------------------------------------- the feature cache
-
-
 def cache(world, folder, ids=None, **more):
     """cache_image_features of the images of `world`: {image_id: feature} of all that can be read, and the others."""
     values = {"images": world / "images", "workers": 0, **more}
@@ -456,7 +361,6 @@ def cache(world, folder, ids=None, **more):
     ids = ids or [f"{i:04}" for i in range(80)]
     slices, unreadable = paraclip.cache_image_features(clip, preprocess, ids, args)
     return dict(zip(ids, torch.cat(slices))), unreadable
-
 
 def test_cached_features_are_open_clips_to_fp16(world, alone, tmp_path, monkeypatch):
     monkeypatch.setattr(paraclip, "SLICE", 32)
@@ -467,7 +371,6 @@ def test_cached_features_are_open_clips_to_fp16(world, alone, tmp_path, monkeypa
         image = preprocess(paraclip.Image.open(world / "images" / f"{image_id}.jpg"))[None]
         expected = clip.eval().encode_image(image, normalize=True)[0]
         assert feature.dtype == torch.float16 and (feature - expected).abs().max() < 2**-11
-
 
 def test_the_cache_is_named_by_its_content(world, alone, tmp_path, monkeypatch):
     """The same tower, root and ids: nothing is encoded again. Another of any: other files. All in one folder."""
@@ -489,7 +392,6 @@ def test_the_cache_is_named_by_its_content(world, alone, tmp_path, monkeypatch):
     other, _ = paraclip.cache_image_features(clip, preprocess, ["0000", "0001"], args)
     assert encoded[5:] == [2] and not torch.equal(other[0][0], first["0000"])
 
-
 def test_two_runs_fill_one_cache_at_once(world, tmp_path):
     """Neither disturbs the other, and both end as one alone does."""
     arguments = [flags(world, tmp_path / name, features=tmp_path / "features") for name in ("one", "two", "alone")]
@@ -502,21 +404,12 @@ def test_two_runs_fill_one_cache_at_once(world, tmp_path):
     assert len(os.listdir(tmp_path / "features")) == 20
     assert all(torch.equal(one[key], alone[key]) and torch.equal(two[key], alone[key]) for key in one)
 
-
-def shard(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 def test_tar_shards_files_and_other_extensions_give_the_same_features(world, alone, tmp_path):
     images, names = tmp_path / "images", sorted(os.listdir(world / "images"))[:6]
     (images / "00001").mkdir(parents=True)
     data = [(world / "images" / name).read_bytes() for name in names]
-    shard(images / "00000.tar", {names[0]: data[0], "0000.txt": b"text", f"./{names[1]}": data[1], f"in/{names[2]}": data[2]})
-    shard(images / "00001" / "b.tar", {names[3]: data[3]})
+    (images / "00000.tar").write_bytes(conftest.tar({names[0]: data[0], "0000.txt": b"text", f"./{names[1]}": data[1], f"in/{names[2]}": data[2]}))
+    (images / "00001" / "b.tar").write_bytes(conftest.tar({names[3]: data[3]}))
     paraclip.Image.open(world / "images" / names[4]).save(images / "00001" / "0004.png")
     (images / "whole.jpg").write_bytes(data[5])
     ids = ["00000/0000", "00000/0001", "00000/in/0002", "00001/0004", "00001/b/0003", "whole.jpg"]
@@ -527,18 +420,16 @@ def test_tar_shards_files_and_other_extensions_give_the_same_features(world, alo
         key = {"whole.jpg": "0005"}.get(image_id, image_id.rpartition("/")[2])
         assert (feature - expected[key]).abs().max() < 2**-11
 
-
 def test_a_damaged_or_cut_shard_is_no_end(world, alone, tmp_path):
     """A bad header amid the members, and a cut between two of them, which tarfile takes for the archive's end."""
     jpeg = (world / "images" / "0000.jpg").read_bytes()
-    shard(tmp_path / "a.tar", {f"{i:02}.jpg": jpeg for i in range(20)})
+    (tmp_path / "a.tar").write_bytes(conftest.tar({f"{i:02}.jpg": jpeg for i in range(20)}))
     whole = (tmp_path / "a.tar").read_bytes()
     at = whole.index(b"10.jpg")
     for i, damaged in enumerate((whole[:at] + b"\xff" * 512 + whole[at + 512 :], whole[:at])):
         (tmp_path / f"{i}.tar").write_bytes(damaged)
-        with pytest.raises(InputError, match=f"{i}.tar: damaged or cut off at byte {at:,}"):
+        with pytest.raises(InputError, match=f"{i}.tar: can't be read: ValueError: damaged or cut off at byte {at:,}"):
             cache(world, tmp_path / "run", ids=[f"{i}/00"], images=tmp_path)
-
 
 def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
     """Also of the kinds that people have: CMYK, 16 bits, one pixel, none, a bomb. A run that began keeps what it left out."""
@@ -567,17 +458,13 @@ def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
     assert train(*arguments, "--max-bad-images", "0.06", "--features", str(tmp_path / "new")) is None
     assert "76 of 80" in capfd.readouterr().out and len(log_of(tmp_path / "run")) == len(before)
 
-
 # ---------------------------------------------------------------- bad input: one line, exit code 2
-
-
 def rows_with(world, tmp_path, change):
     """A copy of the rows whose third line is changed; its path."""
     lines = (world / "rows.jsonl").read_text().splitlines()
     lines[2] = change if isinstance(change, str) else json.dumps({**json.loads(lines[2]), **change})
     (tmp_path / "bad.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path / "bad.jsonl"
-
 
 BAD = {
     "no JSON": (lambda w, t: {"rows": rows_with(w, t, '{"image_id": "0')}, "bad.jsonl:3: can't be read: JSONDecodeError"),
@@ -587,29 +474,23 @@ BAD = {
     "way out": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "../clip/x"})}, "points out of the image root"),
     "absolute": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "/etc/passwd"})}, "points out of the image root"),
     "half an emoji": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "a\ud83d"})}, "the first: a?: FileNotFoundError"),
-    "no rows": (lambda w, t: {"rows": t / "none-*.jsonl"}, "none-*.jsonl: no such file"),
+    "no rows": (lambda w, t: {"rows": t / "none-*.jsonl"}, "none-*.jsonl'"),
     "few rows": (lambda w, t: {"batch_size": 81}, "80 rows to train on are fewer than --batch-size 81"),
     "no images": (lambda w, t: {"images": t}, "the first: 0000: FileNotFoundError: no "),
     "images not given": (lambda w, t: {"images": None}, "--images is not given"),
     "unfinished": (lambda w, t: {"model": w / "images"}, "no folder with open_clip_model.safetensors"),
     "model": (lambda w, t: {"model": "clip"}, "--model clip: none of openai, openclip-400m"),
     "tag": (lambda w, t: {"model": "ViT-B-32:laion3b"}, "MODEL:TAG of open_clip (openai, laion400m_e31"),
+    **{flag: (lambda w, t, flag=flag, value=value: {flag: value}, f"--{flag}") for flag, value in
+       (("epochs", 0), ("lr", -1), ("weight-decay", "nan"), ("loss", ["I:T3"]), ("lrate", 1))},
 }
-
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, capfd, case):
     change, message = BAD[case]
     assert train(*flags(world, tmp_path / "run", **change(world, tmp_path))) == 2
     err = [line for line in capfd.readouterr().err.splitlines() if line and "image features" not in line]
-    assert len(err) == 1 and message in err[0] and err[0].startswith("paraclip.py: error: "), err
-
-
-@pytest.mark.parametrize(("flag", "value"), [("epochs", 0), ("lr", -1), ("weight-decay", "nan"), ("loss", ["I:T3"]), ("lrate", 1)])
-def test_flags_that_argparse_refuses(world, tmp_path, capfd, flag, value):
-    assert train(*flags(world, tmp_path / "run", **{flag: value})) == 2
-    assert f"--{flag}" in capfd.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
-
+    assert (len(err) == 1 or err[0].startswith("usage: ")) and message in err[-1] and err[-1].startswith("paraclip.py: error: "), err
 
 def test_other_flags_rows_or_model_on_resume_are_refused(world, tmp_path, capfd):
     arguments = flags(world, tmp_path / "run", batch_size=40)
@@ -623,7 +504,6 @@ def test_other_flags_rows_or_model_on_resume_are_refused(world, tmp_path, capfd)
         assert all(word in err for word in words), err
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
     assert train(*arguments, "--workers", "1", "--save-every", "3") is None  # these change no result
-
 
 def test_damaged_files_and_foreign_models_are_one_line(world, tmp_path, capfd):
     arguments = flags(world, tmp_path / "run", batch_size=40, features=tmp_path / "features")
@@ -643,14 +523,12 @@ def test_damaged_files_and_foreign_models_are_one_line(world, tmp_path, capfd):
     assert (tmp_path / "base" / "open_clip_model.safetensors").read_bytes() == before
     assert len(list((tmp_path / "base").iterdir())) == 3
 
-
 def test_rows_with_a_bom_blank_lines_numbers_as_ids_and_half_an_emoji(alone, tmp_path):
     row = {"image_id": 7, "caption": "a", "paraphrase_1": "b", "paraphrase_2": "c"}
     (tmp_path / "rows.jsonl").write_text(f"\ufeff{json.dumps(row)}\r\n\n{json.dumps({**row, 'image_id': 'x', 'caption': chr(0xD83D)})}\n\n")
     examples = paraclip.Examples([str(tmp_path / "rows.jsonl")], ["T"], open_clip.get_tokenizer("ViT-B-32"))
     assert examples.image_ids == ["7", "x"]
     assert torch.equal(examples[np.arange(2)][0]["T"], open_clip.get_tokenizer("ViT-B-32")(["a", "?"]))
-
 
 def test_without_git_and_beside_files_of_the_users(world, tmp_path, monkeypatch):
     """Slim containers have no git: the commit is null. What others call part of something is nobody's to delete."""
@@ -661,12 +539,10 @@ def test_without_git_and_beside_files_of_the_users(world, tmp_path, monkeypatch)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["git_commit"] is None
     assert (tmp_path / "run" / "notes.partial.md").read_text() == "mine" and (tmp_path / "run" / "x.parts").is_dir()
 
-
 def test_a_loss_that_is_not_finite_stops_with_its_step(world, tmp_path, capfd):
     assert train(*flags(world, tmp_path / "run", lr="1e30", save_every=1)) == 2
     assert "step 1: loss" in capfd.readouterr().err
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 1
-
 
 def test_a_full_disk_keeps_the_old_state(world, tmp_path):
     arguments = flags(world, tmp_path / "run", save_every=2)
@@ -677,16 +553,14 @@ def test_a_full_disk_keeps_the_old_state(world, tmp_path):
             "paraclip.save_state = save")
     process = start(*arguments, code=code)
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 2 and "state.pt: " in output and "Traceback" not in output, output
+    assert process.returncode == 2 and "state.pt'" in output and "Traceback" not in output, output
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 2
     assert not glob.glob(f"{tmp_path}/run/*.part*")
 
-
-def test_two_ranks_must_divide_the_batch(world, tmp_path):
-    process = torchrun(ROOT / "paraclip.py", *flags(world, tmp_path / "run", batch_size=7))
-    assert "paraclip.py: error: --batch-size 7 can't be divided among 2 ranks" in process.communicate(timeout=100)[0]
-    assert process.returncode != 0
-
+def test_the_ranks_must_divide_the_batch(world, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 3)
+    assert train(*flags(world, tmp_path / "run")) == 2
+    assert "paraclip.py: error: --batch-size 8 can't be divided among 3 ranks" in capfd.readouterr().err
 
 if __name__ == "__main__":
     worker(*sys.argv[1:])
