@@ -279,8 +279,7 @@ def test_transient_failures_are_tried_again(tmp_path):
     with Server(answer) as server:
         args = write_captions(tmp_path, len(troubles))
         run(*args, "--timeout", 1, "--concurrency", 3, server=server, jitter=0.01, cwd=tmp_path, timeout=20)
-    assert len(lines(tmp_path / "rows.jsonl")) == len(troubles)
-    assert server.count == 3 * len(troubles)
+    assert len(lines(tmp_path / "rows.jsonl")) == len(troubles) and server.count == 3 * len(troubles)
 
 def test_what_lasts_fails_alone(tmp_path):
     """After --max-retries for a server's fault, at once for the request's own (4xx, or OpenRouter's flagged 403)."""
@@ -317,8 +316,7 @@ def test_nobody_sends_in_a_pause(tmp_path, kind):
     sent = [request.time - pause["from"] for request in server.requests if request.time > pause["from"]]
     assert not [t for t in sent if 0.3 < t < length - 0.05], sent  # 0.3: the 429 itself is on its way
     assert len([t for t in sent if t >= length - 0.05]) > 15
-    assert len(lines(tmp_path / "rows.jsonl")) == 20
-    assert "20/20" in done.err
+    assert len(lines(tmp_path / "rows.jsonl")) == 20 and "20/20" in done.err
 
 def test_retry_after():
     assert (retry_after("7"), retry_after("0.5"), retry_after("-3"), retry_after("nan")) == (7, 0.5, 0, 0)
@@ -339,8 +337,7 @@ def test_a_rate_limit_fails_no_row(tmp_path):
         return reword(request)
     with Server(answer) as server:
         run(*write_captions(tmp_path, 30), "--max-retries", 2, "--concurrency", 16, server=server, jitter=0.1, cwd=tmp_path)
-    assert server.count > 60
-    assert len(lines(tmp_path / "rows.jsonl")) == 30
+    assert server.count > 60 and len(lines(tmp_path / "rows.jsonl")) == 30
 
 def test_pace(tmp_path):
     """--concurrency calls are in flight at once, each worker on one connection that is kept; --requests-per-minute holds."""
