@@ -92,9 +92,9 @@ def test_table_2_on_photographs(world, tmp_path):
     row = json.loads((tmp_path / "out/rows.jsonl").read_text().splitlines()[0])
     assert row["image_id"] + ".jpg" == names[20][1] and row["paraphrase_1"].endswith("old") and row["paraphrase_2"].endswith("wet")
     assert (tmp_path / "out/figure3.png").exists() and "I:T2 T:T1 T1:T2" in json.loads((tmp_path / "out/table.json").read_text())
-    run = tmp_path / "out/IT2_TT1_T1T2-0/config.json"
-    before = run.stat().st_mtime_ns
+    state = tmp_path / "out/IT2_TT1_T1T2-0/state.pt"
+    before = state.stat().st_mtime_ns
     script("flickr8k.py", *flags)
-    assert run.stat().st_mtime_ns == before
+    assert state.stat().st_mtime_ns == before
     with pytest.raises(InputError, match="80 of the 80 photos in captions.txt, --test takes 99"):
         flickr8k.read_flickr8k(tmp_path, 99)
