@@ -159,7 +159,7 @@ SYMMETRIC = frozenset("""
     with, touching, traveling down, traveling on, tying, typing on, underneath, wading in, waiting for, walking
     across, walking by, walking down, walking next to, walking through, with, working in, working on, worn on, wrapped
     around, wrapped in
-""".replace("\n    ", " ").strip().split(", "))  # relations that hold both ways: VG-R's two captions are then both true
+""".replace("\n    ", " ").strip().split(", "))  # relations that ARO leaves out as symmetric: both captions may be true
 
 
 def read_aro(data, file, group_of):
@@ -417,10 +417,10 @@ def encoders(clip, preprocess, tokenizer, image_cache, args):
 
     def encode_crops(items):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=text_encoder.bf16):
-            for (path, _), (feature, reason) in zip(items, encode_images(clip, preprocess, items, open_crop, args.workers)):
-                if reason:
-                    raise InputError(f"{path}: can't be read as an image ({reason}); get the benchmark's file again")
-                yield feature
+            for (path, _), (found, why) in zip(items, encode_images(clip, preprocess, items, open_crop, args.workers)):
+                if why:
+                    raise InputError(f"{path}: can't be read as an image ({why}); get the benchmark's file again")
+                yield found
 
     def text(texts):
         tokens = tokenizer(list(texts))

@@ -40,7 +40,7 @@ PROMPTS = (  # section 2.1, verbatim
 
 
 def two_step(caption, ask):
-    """Section 2.1: of the caption T, T' without the web's noise, then T'' in other words. A step 1 that fails raises."""
+    """Section 2.1: of the caption T, T' without the web's noise, then T'' in other words. A failed step 1 raises."""
     paraphrase_1 = ask(PROMPTS[0], caption)
     paraphrase_2 = ask(PROMPTS[1], paraphrase_1, may_echo=False)
     return paraphrase_1, paraphrase_2
@@ -61,7 +61,7 @@ REFUSAL = re.compile(
 
 
 def tidy(text):
-    """The answer without thoughts (of a reasoning model) before it, or white space, a label and quotes around it."""
+    """The answer alone: no thoughts (of a reasoning model) before it, no label, quotes or white space around it."""
     before, text = None, text.rpartition("</think>")[2]
     while text != before:
         before, text = text, QUOTED.sub(r"\1\2\3\4\5\6\7", LABEL.sub("", text.strip()))
@@ -71,19 +71,22 @@ def tidy(text):
 def fault(answer, source, finish_reason, may_echo):
     """What is wrong with `answer` as a paraphrase of `source`; "" if nothing is."""
     words, given = (re.findall(r"\w+", text.casefold()) or text for text in (answer, source))
-    return ("an empty answer" if not answer
-            else f"finish_reason {finish_reason}" if finish_reason in ("length", "content_filter")
-            else "thoughts without an end" if answer.startswith("<think>")
-            else "more than one line" if len(answer.splitlines()) > 1
-            else "a refusal" if REFUSAL.match(answer) and not REFUSAL.match(source)
-            else "an echo of its input" if words == given and not may_echo else "")
+    reasons = {
+        f"finish_reason {finish_reason}": finish_reason in ("length", "content_filter"),
+        "an empty answer": not answer,
+        "thoughts without an end": answer.startswith("<think>"),
+        "more than one line": len(answer.splitlines()) > 1,
+        "a refusal": REFUSAL.match(answer) and not REFUSAL.match(source),
+        "an echo of its input": words == given and not may_echo,
+    }
+    return next((reason for reason, found in reasons.items() if found), "")
 
 
 # ---------------------------------------------------------------- the server, and the gate that all calls pass
 
 OPENAI = "https://api.openai.com/v1"
 LARGEST = 2**20  # bytes of a chat completion
-PARAMETERS = (  # a 400 for every caption: by its first words (LiteLLM), error code or param, or place (FastAPI)
+PARAMETERS = (  # a 400 or 422 that holds for all captions: by LiteLLM's words, OpenAI's code or param, FastAPI's loc
     r'4(00|22)(.{,100}(unsupported.?(param|value)|invalid model)|.*("code": ?"(unsupported_|unknown_param|'
     r'invalid_param|model_not_found)|"param": ?"(?!messages|prompt)\w|"loc": ?\["body", ?"(?!messages)))')
 VERDICTS = (  # the first pattern that fits "STATUS TEXT": what stops the job, or "" where this caption alone fails
@@ -114,7 +117,7 @@ class Endpoint:
         self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=flags.concurrency))
         self.session.headers["Authorization"] = f"Bearer {self.key}" if self.key else None
         # The environment's proxies and certificates, looked up once: at every call that costs a fifth of the speed.
-        self.settings = self.session.merge_environment_settings(self.url, {}, True, None, None)
+        self.settings = self.session.merge_environment_settings(self.url, {}, stream=True, verify=None, cert=None)
         self.session.trust_env = False
         self.gate, self.lock, self.stop = threading.Lock(), threading.Lock(), threading.Event()
         self.opens_at = self.next_turn = 0.0  # seconds of time.monotonic()
@@ -135,14 +138,14 @@ class Endpoint:
         try:
             with self.session.post(self.url, json=body, timeout=limit, allow_redirects=False, **self.settings) as reply:
                 self.reached, status, pause = True, reply.status_code, retry_after(reply.headers.get("Retry-After", ""))
-                while len(said) <= LARGEST and (chunk := reply.raw.read1(2**16, decode_content=True)):
+                while len(said) <= LARGEST and (chunk := reply.raw.read1(2**16, decode_content=True)):  # what is there
                     said += chunk
                     if time.monotonic() > until:
                         raise requests.Timeout(f"not whole after {limit:g} s")
             text = said.decode("utf-8", "replace")
         except (requests.RequestException, HTTPError) as error:
             status, pause, text = 0, None, "no answer: " + str(error).rpartition(": ")[2].strip("'\")")
-        return status, text.replace(self.key, "[key]") if len(self.key) >= 8 else text, pause  # shorter is no secret
+        return status, text.replace(self.key, "[key]") if len(self.key) >= 16 else text, pause  # shorter is no secret
 
     def judge(self, said, source, may_echo):
         """The paraphrase of `source` in a chat completion, and what is wrong with it ("" if nothing is)."""
@@ -159,26 +162,26 @@ class Endpoint:
             return said, "no chat completion"
 
     def ask(self, prompt, source, may_echo=True):
-        """A good answer to `prompt` about `source`. Raises RowFailed if there is none, InputError if never any."""
+        """A good answer to `prompt` about `source`. Raises RowFailed, or InputError if no caption will get one."""
         asks = tries = 0
         while True:
             answered = self.answered
             status, said, pause = self.post(prompt.format(source))
             if status == 200:
-                self.answered, self.trouble, asks = self.answered + 1, "", asks + 1
-                answer, why = self.judge(said, source, may_echo)
+                (answer, why), asks = self.judge(said, source, may_echo), asks + 1
                 if not why:
+                    self.answered, self.trouble = self.answered + 1, ""
                     return answer
                 if asks == 4:  # a bad answer is asked again up to 3 times
                     raise RowFailed(f"{why}, 4 times; the last: {' '.join(answer.split())[:200]}")
                 continue
-            self.trouble = reason = (f"HTTP {status}: " if status else "") + " ".join(said.split())[:200]
+            reason = (f"HTTP {status}: " if status else "") + " ".join(said.split())[:200]
             for pattern, advice in VERDICTS:
                 if re.match("(?is)" + pattern, f"{status} {said}"):
                     shown = "HTTP 401" if status == 401 else reason  # which may hold half of the key
                     raise InputError(f"{self.url}: {advice} ({shown})") if advice else RowFailed(reason)
             # A 429 while others get through is no fault of this caption, and starts its count again.
-            tries = 0 if status == 429 and self.answered > answered else tries + 1
+            tries, self.trouble = 0 if status == 429 and self.answered > answered else tries + 1, reason
             if tries > self.flags.max_retries:
                 raise (RowFailed if self.reached else InputError)(f"{reason}, {tries} times; --endpoint: {self.url}")
             delay = pause or random.uniform(0, min(60, 2**tries))  # full jitter
@@ -200,7 +203,7 @@ def retry_after(value):
 # ---------------------------------------------------------------- what the three scripts share
 
 ROW_KEYS = ("image_id", "caption", "paraphrase_1", "paraphrase_2")  # the paper's x_I, T, T', T''
-UNSAFE = re.compile(r"^\s*$|^/|(^|/)\.\.(/|$)|[\\\0\n\r]")  # an image_id that may lead out of the image root, on any system
+SAFE = re.compile(r"(?!\s*$|/|(.*/)?\.\.(/|$))[^\\\0\n\r]+")  # an image_id that stays below its root, on any system
 BAR_SECONDS = 0.3 if sys.stderr.isatty() else 30  # between two states of a progress bar; few of them in a log file
 std.time = time.monotonic  # for every bar
 
@@ -226,7 +229,7 @@ def run(main):
 def at_least(least, kind=int):
     """An argparse type: a number of `kind`, `least` or more."""
     def number(text):
-        if kind(text) >= least:  # nan is not
+        if kind(text) >= least:  # false for nan
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
     return number
@@ -234,7 +237,7 @@ def at_least(least, kind=int):
 
 @contextlib.contextmanager
 def reading(place):
-    """The one guard around whatever reads a file: what it raises becomes an InputError that names `place`."""
+    """The guard around all that reads a file: what it raises becomes an InputError that names `place` (or place())."""
     try:
         yield
     except Exception as error:
@@ -249,13 +252,13 @@ def atomic_write(path, mode="w"):
     """Open a file that replaces `path` when the block ends well; if it fails, the old one stays whole."""
     part = f"{path}.{os.uname().nodename}-{os.getpid()}.part"  # no other process's, on any host that shares the disk
     try:
-        with open(part, mode) as file:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        error.filename = path
+        error.filename = error.filename or path
         raise
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -263,15 +266,15 @@ def atomic_write(path, mode="w"):
 
 
 def expand(patterns):
-    """The files that paths or globs name, each pattern's sorted; a glob leaves out *.failed.jsonl, no rows."""
-    found = [[path for path in sorted(glob.glob(pattern, recursive=True)) if ".failed." not in os.path.basename(path)]
-             or [pattern] for pattern in patterns]
-    return list(itertools.chain(*found))
+    """Yield the files that paths or globs name, each pattern's sorted; never a *.failed.*, which has no rows."""
+    for pattern in patterns:
+        found = sorted(path for path in glob.glob(pattern, recursive=True) if ".failed." not in os.path.basename(path))
+        yield from found or [pattern]
 
 
 def json_object(line):
-    """The dict in a line of JSON (bytes). Half an emoji, which JSON can hold and UTF-8 can't, becomes a "?"."""
-    row = json.loads(line.decode("utf-8-sig"))
+    """The dict in a line of JSON (bytes). Half an emoji, which UTF-8 can't hold, becomes "?"; image_id 7, "7"."""
+    row = json.loads(line.decode().removeprefix("\ufeff"))
     if b"\\ud" in line.lower():
         row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
     if type(row.get("image_id")) is int:
@@ -282,7 +285,7 @@ def json_object(line):
 def row_of(line):
     """The row in a line: a dict with four texts, none of them blank, and an image_id that stays below its root."""
     row = json_object(line)
-    if not all(row[key].strip() for key in ROW_KEYS) or UNSAFE.search(row["image_id"]):
+    if not all(row[key].strip() for key in ROW_KEYS) or not SAFE.fullmatch(row["image_id"]):
         raise ValueError(f"a blank text, or image_id {row['image_id']!r} points out of the image root")
     return row
 
@@ -317,6 +320,7 @@ def tar_files(tar):
 
 # ---------------------------------------------------------------- captions, streamed
 
+
 def read_txt(path):
     for place, offset, line in parsed_lines(path, bytes.decode):
         yield place, offset, {"image_id": place.rpartition(":")[2], "caption": line.strip("\ufeff\r\n")}
@@ -324,21 +328,19 @@ def read_txt(path):
 
 def read_tsv(path):
     """A quote is CSV's where it opens and closes a whole cell; else, as in 5" lamp, it stands for itself."""
-    header = []
-
-    def parse(line):
-        line = line.decode("utf-8-sig").rstrip("\r\n")
-        try:  # a line at a time: no quote swallows the next one
-            cells = next(csv.reader([line], "excel-tab", strict=True))
-        except csv.Error:
-            cells = line.split("\t")
-        header.extend([] if header else cells)
+    header = None
+    for place, offset, line in parsed_lines(path, bytes.decode):
+        line = line.strip("\ufeff\r\n")
+        cells = line.split("\t")
+        if '"' in line:
+            with contextlib.suppress(csv.Error):  # a line at a time: no quote swallows the next one
+                cells = next(csv.reader([line], "excel-tab", strict=True))
+        header = header or cells
         if len(cells) != len(header) or not {"filepath", "title"} <= {*header}:
-            raise ValueError("must have the header's columns, filepath and title among them")
-        row = dict(zip(header, cells))
-        return {"image_id": row["filepath"], "caption": row["title"]}
-
-    return itertools.islice(parsed_lines(path, parse), 1, None)  # without the header
+            raise InputError(f"{place}: must have the header's columns, filepath and title among them")
+        if cells is not header:
+            row = dict(zip(header, cells))
+            yield place, offset, {"image_id": row["filepath"], "caption": row["title"]}
 
 
 def read_tar(path):
@@ -346,9 +348,10 @@ def read_tar(path):
     shard = os.path.basename(path).removesuffix(".tar")
     with tarfile.open(path, "r:") as tar:
         for key, files in itertools.groupby(tar_files(tar), lambda file: re.sub(r"^\./|\.[^/]*$", "", file.name)):
-            texts = {file.name[-4:]: tar.extractfile(file).read() for file in files if file.name.endswith((".txt", "json"))}
+            texts = {ending: tar.extractfile(file).read() for file in files
+                     if (ending := file.name.rpartition(".")[2]) in ("txt", "json")}
             tar.members.clear()  # or tarfile would remember them all
-            caption = texts.get(".txt", b"").decode() or json_object(texts.get("json", b"{}")).get("caption") or ""
+            caption = texts.get("txt", b"").decode() or json_object(texts.get("json", b"{}")).get("caption") or ""
             yield f"{path}:{key}", tar.offset, {"image_id": f"{shard}/{key}", "caption": caption}
 
 
@@ -356,31 +359,29 @@ READERS = {".txt": read_txt, ".tsv": read_tsv, ".jsonl": parsed_lines, ".tar": r
 
 
 def read_captions(patterns):
-    """Yield (file:line or shard:key, key_of(row), row with "image_id", "caption", ...) of every caption, in order."""
+    """Yield (file:line or shard:key, a hash, the row with "image_id", "caption", ...) of every caption, in order."""
     for path in expand(patterns):
         if not (reader := READERS.get(os.path.splitext(path)[1])):
             raise InputError(f"{path}: its name must end in one of {' '.join(READERS)}")
         with reading(path):
             for place, _, row in reader(path):
-                if not isinstance(row.get("caption"), str) or UNSAFE.search(row.get("image_id", "")):
+                image_id, caption = row.get("image_id"), row.get("caption")
+                if not (isinstance(image_id, str) and isinstance(caption, str) and SAFE.fullmatch(image_id)):
                     raise InputError(f'{place}: needs a "caption", and an "image_id" below the image root')
-                yield place, key_of(row), {"image_id": row["image_id"], **row}
+                yield place, hash((image_id, caption)), {"image_id": image_id, **row}  # first: see keys_of
 
 
 # ---------------------------------------------------------------- the job
-
-def key_of(row):
-    """What tells a caption from all others, in 8 bytes: 5 million must fit in memory."""
-    return hash((row["image_id"], row["caption"]))
 
 
 def keys_of(file, parse):
     """The keys of the rows in `file`. A last line that a kill has torn is cut off, if all before it are rows."""
     def key_or_torn(line):
         try:
-            return key_of(parse(line))
+            row = parse(line)
+            return hash((row["image_id"], row["caption"]))
         except (json.JSONDecodeError, UnicodeDecodeError):
-            if line.endswith(b"\n") or line[:12] != b'{"image_id":'[:len(line)]:
+            if line.endswith(b"\n") or not b'{"image_id":'.startswith(line[:12]):
                 raise
 
     keys = set()
@@ -397,14 +398,16 @@ def append(file, row):
     line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
     if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
         line = b"\n" + line
-    if file.write(line) < len(line):
-        file.truncate(end)
-        raise InputError(f"{file.name}: the disk is full; make room, and the same command resumes")
+    with contextlib.suppress(OSError):
+        if file.write(line) == len(line):
+            return
+    file.truncate(end)
+    raise InputError(f"{file.name}: can't be written, is the disk full? Make room, and the same command resumes")
 
 
 def plan(flags, done):
-    """The keys of the captions to paraphrase, those in `done` included, by one pass before the first paid call."""
-    kept, seen, strange, sizes, limit = set(), set(), set(done), Counter(), flags.limit or sys.maxsize
+    """The keys of the captions that want a row and are not in `done`, by one pass before the first paid call."""
+    kept, seen, strange, left_out, limit = set(), set(), set(done), 0, flags.limit or sys.maxsize
     captions = tqdm(read_captions(flags.captions), "reading captions", unit="", leave=False, disable=None)
     for n, (place, key, row) in enumerate(captions):
         image, words = row["image_id"], len(row["caption"].split())
@@ -413,23 +416,23 @@ def plan(flags, done):
             raise InputError(f'image_id "{image}" is there twice: {first} and {place}')
         seen.add(hash(image))
         if n % flags.shard[1] == flags.shard[0]:
-            size = "short" if words < max(flags.min_words, 1) else "long" if words > flags.max_words else "kept"
-            sizes[size] += 1
             strange.discard(key)
-            if size == "kept" and len(kept) < limit:
+            if not max(flags.min_words, 1) <= words <= flags.max_words:
+                left_out += 1
+            elif len(kept) < limit:
                 kept.add(key)
         if len(kept) == limit and not strange:
             break
-    print(f"{sizes['kept']:,} captions kept, {sizes['short']:,} too short, {sizes['long']:,} too long")
+    print(f"{len(kept):,} captions kept, {left_out:,} left out (--min-words, --max-words)")
     if strange:
-        raise InputError(f"{flags.output}: {len(strange):,} of its rows are of another job or --shard: give this its own")
+        raise InputError(f"{flags.output}: {len(strange):,} of its rows are of another job or --shard; give it its own")
     if not kept:
-        raise InputError(f"{' '.join(flags.captions)}: no caption is kept (--min-words, --max-words)")
-    return kept
+        raise InputError(f"{' '.join(flags.captions)}: no caption is kept")
+    return kept - done
 
 
 def work(flags, endpoint, captions, rows, journal, bar):
-    """Paraphrase `captions` in threads; each goes to `rows` or `journal` (file, keys) at once. Raises what stops it."""
+    """Paraphrase `captions` in threads, each to the file `rows` or `journal` at once. Returns the counts."""
     lock, errors, count = threading.Lock(), [], Counter()
 
     def worker():
@@ -439,14 +442,14 @@ def work(flags, endpoint, captions, rows, journal, bar):
                     row = next(captions, None)
                 if row is None:
                     return
-                (file, keys), reason, key = rows, "", key_of(row)
+                file, reason = rows, ""
                 try:
                     row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
                 except RowFailed as failure:
-                    (file, keys), row["reason"] = journal, (reason := str(failure))
+                    file, reason = journal, str(failure)
+                    row["reason"] = reason
                 with lock:
                     append(file, row)
-                    keys.add(key)
                     count.update(done=1, failed=1 if reason else 0)
                     count["in a row"] = count["in a row"] + 1 if reason else 0
                 if count["in a row"] >= (1000 if endpoint.answered else 100):  # the server's fault, not theirs
@@ -462,22 +465,24 @@ def work(flags, endpoint, captions, rows, journal, bar):
     while working:
         try:
             time.sleep(0.3)
+            if endpoint.stop.is_set():  # calls in flight get 8 seconds to land
+                until = min(until, time.monotonic() + 8)
+            working = any(thread.is_alive() for thread in threads) and time.monotonic() < until  # before the last look
+            os.fsync(rows.fileno())
+            tokens, pause = endpoint.tokens, endpoint.opens_at - time.monotonic()
+            spent = (tokens["prompt"] * flags.price_in + tokens["completion"] * flags.price_out) / 1e6
+            about = spent / max(count["done"], 1) * bar.total
+            shown = (f"{tokens.total():,} tokens", spent and f"${spent:.2f} of about ${about:.2f}",
+                     f"{count['failed']} failed", pause > 1 and f"all wait {pause:.0f} s",
+                     endpoint.trouble and f"last: {endpoint.trouble[:60]}")
+            bar.set_postfix_str(", ".join(filter(None, shown)), refresh=False)
+            bar.update(count["done"] - bar.n)
         except KeyboardInterrupt as error:
             errors.insert(0, error)
             endpoint.stop.set()
-        if endpoint.stop.is_set():  # calls in flight get 8 seconds to land
-            until = min(until, time.monotonic() + 8)
-        working = any(thread.is_alive() for thread in threads) and time.monotonic() < until
-        os.fsync(rows[0].fileno())
-        tokens, pause = endpoint.tokens, endpoint.opens_at - time.monotonic()
-        spent = (tokens["prompt"] * flags.price_in + tokens["completion"] * flags.price_out) / 1e6
-        about = spent / max(count["done"], 1) * (bar.total - bar.initial)
-        shown = (f"{tokens.total():,} tokens", spent and f"${spent:.2f} of about ${about:.2f}", f"{count['failed']} failed",
-                 pause > 1 and f"all wait {pause:.0f} s", endpoint.trouble and f"last: {endpoint.trouble[:60]}")
-        bar.set_postfix_str(", ".join(filter(None, shown)), refresh=False)
-        bar.update(bar.initial + count["done"] - bar.n)
     if errors:
         raise errors[0]
+    return count
 
 
 def generate(flags):
@@ -490,21 +495,21 @@ def generate(flags):
         except BlockingIOError:
             raise InputError(f"{flags.output}: another generate.py is writing to it; give this one its own") from None
         done, failed = keys_of(rows, row_of), keys_of(journal, json_object)
-        before, kept = len(done), plan(flags, done)
-        todo = (kept & failed if flags.retry_failed else kept - failed) - done
-        print(f"{before:,} rows stand in {flags.output}; {len(todo):,} of {len(kept):,} captions to do")
+        left = plan(flags, done)
+        todo = left & failed if flags.retry_failed else left - failed
+        print(f"{len(done):,} rows stand in {flags.output}; {len(todo):,} captions to do")
         captions = itertools.islice((row for _, key, row in read_captions(flags.captions) if key in todo), len(todo))
-        began = len(kept) - len(todo)
-        with tqdm(total=len(kept), initial=began, unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
-            work(flags, endpoint, captions, (rows, done), (journal, failed), bar)
-    tokens, failed = endpoint.tokens, (failed & kept) - done
-    print(f"{flags.output}: {len(done) - before:,} rows more; tokens: {tokens['prompt']:,} in, {tokens['completion']:,} out")
-    if failed:
-        print(f"{failed_path}: {len(failed):,} captions have failed; the same command with --retry-failed asks again")
-    return 1 if failed else 0
+        with tqdm(total=len(todo), unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
+            count = work(flags, endpoint, captions, rows, journal, bar)
+    tokens, new = endpoint.tokens, count["done"] - count["failed"]
+    print(f"{flags.output}: {new:,} rows more; tokens: {tokens['prompt']:,} in, {tokens['completion']:,} out")
+    if new < len(left):
+        print(f"{len(left) - new:,} captions are without a row; --retry-failed asks again for those in {failed_path}")
+    return 1 if new < len(left) else 0
 
 
 # ---------------------------------------------------------------- after the job: chats for LLaMA, a sheet to read
+
 
 def export_chat(flags):
     """Section 3: each row as two chats, one a step, to instruction-tune a LLaMA that paraphrases the other captions."""
@@ -545,15 +550,15 @@ def key_value(text):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    flag, to = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
+    flag, goal = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     whole, real = at_least(0), at_least(0, float)
     flag("captions", nargs="+", metavar="CAPTIONS", help=".txt, .tsv, .jsonl, .tar files or globs; for an export, rows")
-    to("--output", metavar="ROWS.jsonl", help="the rows; captions that fail go to ROWS.failed.jsonl beside it")
-    to("--export-chat", metavar="FILE", help="write the rows in CAPTIONS as chat pairs to it, and stop")
-    to("--sheet", metavar="FILE", help="write a random sample (--limit, else 100) of those rows to it, and stop")
+    goal("--output", metavar="ROWS.jsonl", help="the rows; captions that fail go to ROWS.failed.jsonl beside it")
+    goal("--export-chat", metavar="FILE", help="write the rows in CAPTIONS as chat pairs to it, and stop")
+    goal("--sheet", metavar="FILE", help="write a random sample (--limit, else 100) of those rows to it, and stop")
     flag("--endpoint", metavar="URL", help="an OpenAI-compatible server (default: $OPENAI_BASE_URL, else OpenAI's)")
     flag("--model", default="gpt-4o-mini", metavar="NAME", help="the LLM (default: %(default)s, which takes the "
-         "paper's sampling until its shutdown on 2027-01-14; the paper's gpt-35-turbo-0301 is gone)")
+         "paper's --sampling; the paper's gpt-35-turbo-0301 is gone)")
     flag("--sampling", nargs="+", type=key_value, metavar="KEY=VALUE", help="what a request holds beside model and "
          "messages (default: temperature=1.0 top_p=0.1 max_tokens=512; Appendix A, the last the authors' script)",
          default={"temperature": 1.0, "top_p": 0.1, "max_tokens": 512})
@@ -570,9 +575,10 @@ def parse_args(argv=None):
     flag("--price-out", type=real, default=0, metavar="USD", help="of a million tokens answered (default: 0)")
     flags = parser.parse_args(argv)
     flags.sampling = dict(flags.sampling)
-    flags.shard = tuple(map(int, re.findall(r"\d+", flags.shard)))
-    if len(flags.shard) != 2 or flags.shard[0] >= flags.shard[1]:
+    shard = re.fullmatch(r"(\d+)/(\d+)", flags.shard)
+    if not shard or int(shard[1]) >= int(shard[2]):
         parser.error("argument --shard: must be i/n with i from 0 to n-1")
+    flags.shard = int(shard[1]), int(shard[2])
     return flags
 
 
@@ -580,8 +586,8 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's "&" had turned SIGINT off
         signal.signal(number, signal.default_int_handler)
     flags = parse_args()
-    target, inputs = flags.output or flags.export_chat or flags.sheet, expand(flags.captions)
-    if os.path.exists(target) and (not os.path.isfile(target) or any(os.path.samefile(target, path) for path in inputs)):
+    target, paths = flags.output or flags.export_chat or flags.sheet, expand(flags.captions)
+    if os.path.exists(target) and (not os.path.isfile(target) or any(os.path.samefile(target, path) for path in paths)):
         raise InputError(f"{target}: not a file, or one of the inputs")
     return generate(flags) if flags.output else export_chat(flags) if flags.export_chat else write_sheet(flags)
 

@@ -50,7 +50,8 @@ def parse_args(argv=None):
     add("--model", default="openai", help="openai, openclip-400m, openclip-2b, openclip-roberta, laclip (section 3.1); "
         "MODEL:TAG, MODEL:FILE or MODEL:random of open_clip; local-dir:DIR or a run directory" + default)
     add("--output", required=True, metavar="DIR", help="run directory; a run that is there is resumed")
-    add("--loss", nargs="+", default=["I:T2", "T:T1", "T1:T2"], choices=TERMS, metavar="A:B", help="Table 2" + default)
+    add("--loss", nargs="+", default=["I:T2", "T:T1", "T1:T2"], choices=TERMS, metavar="A:B",
+        help="terms; Table 2's are L1 I:T, L1' I:T1, L1'' I:T2, L2 T:T1, L3 T1:T2" + default)
     add("--batch-size", type=at_least(1), default=3072, help="examples a step, over all ranks: Appendix A" + default)
     add("--epochs", type=at_least(1), default=1, help="passes over the rows: Appendix A" + default)
     add("--lr", type=at_least(0, float), default=5e-7, help="annealed to zero by a cosine: Appendix A" + default)
@@ -71,20 +72,19 @@ def parse_args(argv=None):
 #   X_T, X_T', X_T''  | features["T" "T1" "T2"]  | [N, D], the text tower's
 #   N                 | --batch-size             | examples over all ranks
 #   1 / temperature   | logit_scale              | scalar, the model's own, trains (not stated; ours)
-
 TEXT_KEYS = {"T": "caption", "T1": "paraphrase_1", "T2": "paraphrase_2"}
 
 
-def info_nce(a, b, logit_scale, rows=slice(None)):
+def info_nce(a, b, logit_scale, own=slice(None)):
     """The symmetric InfoNCE loss of N pairs; all else in the batch are negatives (section 2.2; CLIP's form is ours).
 
         1/2N * sum over i of [-log softmax_j(s * a_i.b_j)[i] - log softmax_j(s * b_i.a_j)[i]]
 
-    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `rows`, the share of those i's in the sum.
+    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `own`, the share of those i's in the sum.
     """
-    targets = torch.arange(len(a), device=a.device)[rows]
-    a_to_b = F.cross_entropy(logit_scale * a[rows] @ b.T, targets, reduction="sum")
-    b_to_a = F.cross_entropy(logit_scale * b[rows] @ a.T, targets, reduction="sum")
+    targets = torch.arange(len(a), device=a.device)[own]
+    a_to_b = F.cross_entropy(logit_scale * a[own] @ b.T, targets, reduction="sum")
+    b_to_a = F.cross_entropy(logit_scale * b[own] @ a.T, targets, reduction="sum")
     return (a_to_b + b_to_a) / (2 * len(a))
 
 
@@ -112,9 +112,9 @@ def loss_terms(encoder, tokens, image_features, pairs):
     features = dict(zip(tokens, text_features.chunk(len(tokens))))
     features["I"] = image_features.to(text_features)
     features = {kind: Gather.apply(features[kind]) for kind in dict.fromkeys(itertools.chain(*pairs))}
-    rows = slice(dist.get_rank() * len(image_features), (dist.get_rank() + 1) * len(image_features))
-    return {f"{a}:{b}": checkpoint(info_nce, features[a], features[b], logit_scale, rows, use_reentrant=False)
-            for a, b in pairs}  # checkpoint: one N x N matrix is held at a time, in backward too
+    own = slice(dist.get_rank() * len(image_features), (dist.get_rank() + 1) * len(image_features))
+    return {f"{a}:{b}": checkpoint(info_nce, features[a], features[b], logit_scale, own, use_reentrant=False)
+            for a, b in pairs}  # checkpoint: the n x N matrices of one term are held at a time, in backward too
 
 
 class TextEncoder(torch.nn.Module):
@@ -129,7 +129,7 @@ class TextEncoder(torch.nn.Module):
         """tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and the logit scale (a factor, not a log).
 
         Sorted by length and encoded in chunks, each cut to its longest text: the shorter half, half of the rest, ...
-        With micro_batch=N, chunks of N texts keep their features alone; backward encodes them again (GradCache): exact.
+        With micro_batch=N, chunks of N texts keep only their features; backward encodes them again (GradCache): exact.
         """
         lengths, order = self.lengths(tokens).sort()
         n, device = len(tokens), self.clip.logit_scale.device
@@ -204,8 +204,7 @@ def train(encoder, optimizer, examples, steps, first_step, args):
                              f"{args.output}/state.pt, if there, is the last good state")
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            logit_scale.clamp_(0, math.log(100))  # as CLIP's
+        logit_scale.data.clamp_(0, math.log(100))  # as CLIP's
         if rank == 0:
             seconds = (time.monotonic() - started) / (step + 1 - first_step)  # a step
             entry.update(examples_per_s=args.batch_size / seconds, eta_s=(steps - step - 1) * seconds)
@@ -236,12 +235,13 @@ class Examples:
                 lines.seek(offset)
                 rows.append(json_object(lines.readline()))
         if self.features:
-            features = torch.stack([self.features[place // SLICE][place % SLICE] for place in self.rows[batch, 2]])
+            slices, places = np.divmod(self.rows[batch, 2], len(self.features[0]))
+            features = torch.stack([self.features[i][j] for i, j in zip(slices, places)])
         return {kind: self.tokenizer([row[TEXT_KEYS[kind]] for row in rows]) for kind in self.kinds}, features
 
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", "")
-SLICE = 8192  # images a file of the cache
+SLICE = 8192  # images a file of the cache, at most
 warnings.filterwarnings("ignore", module="PIL")  # remarks on odd but readable images
 
 
@@ -281,15 +281,16 @@ def encode_images(clip, preprocess, items, open_item, workers):
 
 
 def cache_image_features(clip, preprocess, image_ids, args):
-    """Memory-mapped slices [SLICE, D] of the features of `image_ids`, in fp16, and {image_id: why it can't be read}.
+    """Memory-mapped slices [n, D] of the features of `image_ids`, in fp16, and {image_id: why it can't be read}.
 
     A slice is a file named by the SHA-256 of tower, preprocessing, image root and ids: what is there is right by name,
-    and whole. Each rank encodes its share of those that are missing.
+    and whole. Each rank encodes its share of those that are missing. All slices but the last have the same length.
     """
     rank, folder = dist.get_rank(), args.features or os.path.join(args.output, "features")
     os.makedirs(folder, exist_ok=True)
     tower, slices = fingerprint(clip.visual, clip.visual.preprocess_cfg, os.path.realpath(args.images)), {}
-    for ids in [image_ids[start : start + SLICE] for start in range(0, len(image_ids), SLICE)]:
+    size = math.ceil(len(image_ids) / math.ceil(len(image_ids) / SLICE))  # near to equal: a share of each may be bad
+    for ids in [image_ids[start : start + size] for start in range(0, len(image_ids), size)]:
         name = hashlib.sha256(json.dumps([tower, ids]).encode()).hexdigest()
         slices[os.path.join(folder, f"{name}.safetensors")] = ids
     missing = [path for path in list(slices)[rank :: dist.get_world_size()] if not os.path.exists(path)]
@@ -372,7 +373,7 @@ def set_up_ranks():
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
     store, rank, _ = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     if os.environ.get("LOCAL_WORLD_SIZE") == world:  # one machine: elsewhere the counts of restarts differ
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # or dead ranks' keys are found
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # else dead ranks' keys show
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask it may give NaN gradients on an H100: pytorch#196678
@@ -415,7 +416,7 @@ def describe(args, examples, base_model):
     if os.path.exists(path):
         with reading(path), open(path) as file:
             before = json.load(file)
-            was, now = {**before, **before["flags"]}, {**record, **record["flags"]}
+            was, now = ({**each["flags"], **each} for each in (before, record))  # "rows": their checksum, not the flag
             depends = ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed", "rows", "base_model")
             differ = [f"{key} (was {was[key]}, is {now[key]})" for key in depends if was[key] != now[key]]
             record["unreadable"] = before["unreadable"]  # its batches depend on them, whatever can be read by now
@@ -431,9 +432,8 @@ def export(clip, tokenizer, args):
         json.dump({"model_cfg": model_cfg, "preprocess_cfg": clip.visual.preprocess_cfg}, file, indent=1)
     if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
         tokenizer.save_pretrained(args.output)
-    weights = {name: tensor.contiguous().cpu() for name, tensor in clip.state_dict().items()}
     with atomic_write(os.path.join(args.output, "open_clip_model.safetensors"), "wb") as file:
-        file.write(safetensors.torch.save(weights))
+        file.write(safetensors.torch.save({key: value.contiguous().cpu() for key, value in clip.state_dict().items()}))
 
 
 def main():
@@ -449,7 +449,7 @@ def main():
     kinds = {kind for term in args.loss for kind in term.split(":")}
     examples = Examples(args.rows, sorted(kinds - {"I"}), tokenizer)
     record, unreadable = describe(args, examples, fingerprint(clip)), {}
-    if "I" in kinds:
+    if "I" in kinds and len(examples.rows) >= args.batch_size:
         examples.features, unreadable = cache_image_features(clip, preprocess, examples.image_ids, args)
     unreadable = record.setdefault("unreadable", unreadable)
     good = np.array([image_id not in unreadable for image_id in examples.image_ids], bool)

@@ -121,7 +121,7 @@ def test_inputs(tmp_path):
         for n, (inputs, expected) in enumerate(cases):
             done = run(*inputs, "--output", f"{n}.jsonl", server=server, cwd=tmp_path)
             assert {row["image_id"]: row["caption"] for row in lines(tmp_path / f"{n}.jsonl")} == expected, inputs
-            assert inputs != ["a.txt"] or "3 captions kept, 1 too short, 1 too long" in done.out
+            assert inputs != ["a.txt"] or "3 captions kept, 2 left out" in done.out
         (tmp_path / "blank.tsv").write_text("filepath\ttitle\n1\t \n2\tdog\n")
         run("blank.tsv", "--min-words", 0, "--output", "blank.jsonl", server=server, cwd=tmp_path)
     assert [row["image_id"] for row in lines(tmp_path / "blank.jsonl")] == ["2"]
@@ -231,7 +231,7 @@ def test_bad_answers_are_asked_again_and_then_fail_alone(tmp_path):
         assert (BAD_ANSWERS[kind][1] if kind != "echo" else "echo") in row["reason"], row
         assert asked[PROMPTS[0].format(row["caption"])] == (1 if kind == "echo" else 4)
     assert not any("always" in r.source and r.step == 2 and "ECHO" not in r.source for r in server.requests)
-    assert f"{len(failed)} captions have failed" in done.out and "--retry-failed" in done.out
+    assert f"{len(failed)} captions are without a row" in done.out and "--retry-failed" in done.out
 
 def test_answers_of_reasoning_models(tmp_path):
     """Thoughts before the answer, beside it, and as a part of it, none of them in a row."""

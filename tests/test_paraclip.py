@@ -503,7 +503,11 @@ def test_other_flags_rows_or_model_on_resume_are_refused(world, tmp_path, capfd)
         err = capfd.readouterr().err
         assert all(word in err for word in words), err
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
-    assert train(*arguments, "--workers", "1", "--save-every", "3") is None  # these change no result
+    (tmp_path / "same.jsonl").write_bytes((world / "rows.jsonl").read_bytes())  # these change no result
+    assert train(*arguments, "--workers", "1", "--save-every", "3", "--rows", str(tmp_path / "same.jsonl")) is None
+    rows_with(world, tmp_path, {"caption": "other"}).rename(tmp_path / "same.jsonl")
+    assert train(*arguments, "--rows", str(tmp_path / "same.jsonl")) == 2
+    assert "rows (was" in capfd.readouterr().err
 
 def test_damaged_files_and_foreign_models_are_one_line(world, tmp_path, capfd):
     arguments = flags(world, tmp_path / "run", batch_size=40, features=tmp_path / "features")
