@@ -407,7 +407,7 @@ def append(file, row):
 
 def plan(flags, done):
     """The keys of the captions that want a row and are not in `done`, by one pass before the first paid call."""
-    kept, seen, strange, left_out, limit = set(), set(), set(done), 0, flags.limit or sys.maxsize
+    kept, seen, strange, left_out, limit = set(), set(), len(done), 0, flags.limit or sys.maxsize
     captions = tqdm(read_captions(flags.captions), "reading captions", unit="", leave=False, disable=None)
     for n, (place, key, row) in enumerate(captions):
         image, words = row["image_id"], len(row["caption"].split())
@@ -416,7 +416,7 @@ def plan(flags, done):
             raise InputError(f'image_id "{image}" is there twice: {first} and {place}')
         seen.add(hash(image))
         if n % flags.shard[1] == flags.shard[0]:
-            strange.discard(key)
+            strange -= key in done
             if not max(flags.min_words, 1) <= words <= flags.max_words:
                 left_out += 1
             elif len(kept) < limit:
@@ -425,10 +425,11 @@ def plan(flags, done):
             break
     print(f"{len(kept):,} captions kept, {left_out:,} left out (--min-words, --max-words)")
     if strange:
-        raise InputError(f"{flags.output}: {len(strange):,} of its rows are of another job or --shard; give it its own")
+        raise InputError(f"{flags.output}: {strange:,} of its rows are of another job or --shard; give it its own")
     if not kept:
         raise InputError(f"{' '.join(flags.captions)}: no caption is kept")
-    return kept - done
+    kept -= done
+    return kept
 
 
 def work(flags, endpoint, captions, rows, journal, bar):
@@ -495,17 +496,18 @@ def generate(flags):
         except BlockingIOError:
             raise InputError(f"{flags.output}: another generate.py is writing to it; give this one its own") from None
         done, failed = keys_of(rows, row_of), keys_of(journal, json_object)
-        left = plan(flags, done)
-        todo = left & failed if flags.retry_failed else left - failed
+        todo = plan(flags, done)
+        left, failed = len(todo), failed & todo
+        todo = failed if flags.retry_failed else todo - failed
         print(f"{len(done):,} rows stand in {flags.output}; {len(todo):,} captions to do")
         captions = itertools.islice((row for _, key, row in read_captions(flags.captions) if key in todo), len(todo))
         with tqdm(total=len(todo), unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
             count = work(flags, endpoint, captions, rows, journal, bar)
     tokens, new = endpoint.tokens, count["done"] - count["failed"]
     print(f"{flags.output}: {new:,} rows more; tokens: {tokens['prompt']:,} in, {tokens['completion']:,} out")
-    if new < len(left):
-        print(f"{len(left) - new:,} captions are without a row; --retry-failed asks again for those in {failed_path}")
-    return 1 if new < len(left) else 0
+    if new < left:
+        print(f"{left - new:,} captions are without a row; --retry-failed asks again for those in {failed_path}")
+    return 1 if new < left else 0
 
 
 # ---------------------------------------------------------------- after the job: chats for LLaMA, a sheet to read
