@@ -481,7 +481,7 @@ def table(models):
         rows.append([model["name"], *shown.values()])
         if paper := model["paper"]:
             rows.append([f"  paper: {paper['row']}", *(f"{value:.1f}" for value in paper["figures"].values())])
-        first = first or figures
+        first = figures if model is models[0] else first
         if model is not models[0]:
             gains = {c: f"{round(figures[c], 1) - round(first[c], 1):+.1f}" for c in figures.keys() & first.keys()}
             rows.append([f"  minus {models[0]['name']}", *(gains.get(column, "") for column in COLUMNS)])

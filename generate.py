@@ -205,7 +205,7 @@ def retry_after(value):
 ROW_KEYS = ("image_id", "caption", "paraphrase_1", "paraphrase_2")  # the paper's x_I, T, T', T''
 SAFE = re.compile(r"(?!\s*$|/|(.*/)?\.\.(/|$))[^\\\0\n\r]+")  # an image_id that stays below its root, on any system
 BAR_SECONDS = 0.3 if sys.stderr.isatty() else 30  # between two states of a progress bar; few of them in a log file
-std.time = time.monotonic  # for every bar
+std.time = time.monotonic  # of every bar: its rate and time left don't follow a clock that is set
 
 
 class InputError(Exception):
@@ -468,7 +468,7 @@ def work(flags, endpoint, captions, rows, journal, bar):
             time.sleep(0.3)
             if endpoint.stop.is_set():  # calls in flight get 8 seconds to land
                 until = min(until, time.monotonic() + 8)
-            working = any(thread.is_alive() for thread in threads) and time.monotonic() < until  # before the last look
+            working = any(thread.is_alive() for thread in threads) and time.monotonic() < until  # first, then look
             os.fsync(rows.fileno())
             tokens, pause = endpoint.tokens, endpoint.opens_at - time.monotonic()
             spent = (tokens["prompt"] * flags.price_in + tokens["completion"] * flags.price_out) / 1e6
