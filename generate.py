@@ -321,16 +321,19 @@ def tar_files(tar):
 # ---------------------------------------------------------------- captions, streamed
 
 
+def text_of(line):
+    return line.decode().strip("\ufeff\r\n")
+
+
 def read_txt(path):
-    for place, offset, line in parsed_lines(path, bytes.decode):
-        yield place, offset, {"image_id": place.rpartition(":")[2], "caption": line.strip("\ufeff\r\n")}
+    for place, offset, caption in parsed_lines(path, text_of):
+        yield place, offset, {"image_id": place.rpartition(":")[2], "caption": caption}
 
 
 def read_tsv(path):
     """A quote is CSV's where it opens and closes a whole cell; else, as in 5" lamp, it stands for itself."""
     header = None
-    for place, offset, line in parsed_lines(path, bytes.decode):
-        line = line.strip("\ufeff\r\n")
+    for place, offset, line in parsed_lines(path, text_of):
         cells = line.split("\t")
         if '"' in line:
             with contextlib.suppress(csv.Error):  # a line at a time: no quote swallows the next one
@@ -351,7 +354,7 @@ def read_tar(path):
             texts = {ending: tar.extractfile(file).read() for file in files
                      if (ending := file.name.rpartition(".")[2]) in ("txt", "json")}
             tar.members.clear()  # or tarfile would remember them all
-            caption = texts.get("txt", b"").decode() or json_object(texts.get("json", b"{}")).get("caption") or ""
+            caption = text_of(texts.get("txt", b"")) or json_object(texts.get("json", b"{}")).get("caption") or ""
             yield f"{path}:{key}", tar.offset, {"image_id": f"{shard}/{key}", "caption": caption}
 
 
@@ -463,12 +466,12 @@ def work(flags, endpoint, captions, rows, journal, bar):
     for thread in threads:
         thread.start()
     working, until = True, float("inf")
-    while working:
+    while working:  # and once more, to count what came last
         try:
             time.sleep(0.3)
             if endpoint.stop.is_set():  # calls in flight get 8 seconds to land
                 until = min(until, time.monotonic() + 8)
-            working = any(thread.is_alive() for thread in threads) and time.monotonic() < until  # first, then look
+            working = any(thread.is_alive() for thread in threads) and time.monotonic() < until
             os.fsync(rows.fileno())
             tokens, pause = endpoint.tokens, endpoint.opens_at - time.monotonic()
             spent = (tokens["prompt"] * flags.price_in + tokens["completion"] * flags.price_out) / 1e6

@@ -106,7 +106,7 @@ def test_inputs(tmp_path):
     (tmp_path / "a.tsv").write_text('url\tfilepath\ttitle\nu\tt/1\t"5"" lamp ""new"""\nu\tt/2\t"Big" dog\nu\tt/3\t5" lamp\n\n'
                                     'u\tt/4\t"never closed\nu\tt/5\t"a\ttab"\nu\tt/6\tclosed here"\n')
     (tmp_path / "a.jsonl").write_text('{"image_id": "j/1", "caption": "a red dog"}\n\n{"image_id": 2, "caption": "a cat"}\n')
-    sample = {"json": b'{"caption": "from the json", "key": "1"}', "jpg": b"\xff\xd8" * 9000, "txt": b"from the txt"}
+    sample = {"json": b'{"caption": "from the json", "key": "1"}', "jpg": b"\xff\xd8" * 9000, "txt": b"from the txt\n"}
     members = {f"{key}.{kind}": data for key in ("0000", "./b/c/0012") for kind, data in sample.items()}
     del members["0000.txt"]
     for shard in ("00000", "00001"):
