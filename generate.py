@@ -6,15 +6,12 @@
     python generate.py rows.jsonl --sheet sheet.tsv                           # a sample to read before you pay for more
     python generate.py rows.jsonl --export-chat train.jsonl                   # to instruction-tune LLaMA, section 3
 
-Captions come from .txt (one a line), .tsv (filepath, title), .jsonl (image_id, caption) or .tar (img2dataset's shards).
 Whatever stops a job (Ctrl-C, kill -9, a full disk), the same command resumes it.
 Exit code: 0, every row is written; 1, some captions failed; 2, an error that you must mend; 130, stopped by Ctrl-C.
 """
 
-import argparse
 import contextlib
 import csv
-import email.utils
 import fcntl
 import glob
 import itertools
@@ -22,15 +19,16 @@ import json
 import os
 import random
 import re
-import signal
 import sys
 import tarfile
 import threading
 import time
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections import Counter
 
 import requests
 from tqdm import std, tqdm
+from urllib3 import Retry
 from urllib3.exceptions import HTTPError
 
 PROMPTS = (  # section 2.1, verbatim
@@ -74,8 +72,7 @@ def fault(answer, source, finish_reason, may_echo):
     reasons = {
         f"finish_reason {finish_reason}": finish_reason in ("length", "content_filter"),
         "an empty answer": not answer,
-        "thoughts without an end": answer.startswith("<think>"),
-        "more than one line": len(answer.splitlines()) > 1,
+        "more than one line, or endless thoughts": len(answer.splitlines()) > 1 or answer.startswith("<think>"),
         "a refusal": REFUSAL.match(answer) and not REFUSAL.match(source),
         "an echo of its input": words == given and not may_echo,
     }
@@ -89,8 +86,8 @@ LARGEST = 2**20  # bytes of a chat completion
 PARAMETERS = (  # a 400 or 422 that holds for all captions: by LiteLLM's words, OpenAI's code or param, FastAPI's loc
     r'4(00|22)(.{,100}(unsupported.?(param|value)|invalid model)|.*("code": ?"(unsupported_|unknown_param|'
     r'invalid_param|model_not_found)|"param": ?"(?!messages|prompt)\w|"loc": ?\["body", ?"(?!messages)))')
-VERDICTS = (  # the first pattern that fits "STATUS TEXT": what stops the job, or "" where this caption alone fails
-    (r".*insufficient_quota|402", "the account has no credit left"),
+VERDICTS = (  # the first pattern that fits "STATUS BODY": what stops the job, or "" where this caption alone fails
+    (r"402|429.*insufficient_quota", "the account has no credit left"),
     (r"401", "OPENAI_API_KEY is missing or wrong"),
     (r"403(?!.*(flagged|moderation))", "this key may not use this model or server"),  # OpenRouter flags a caption
     (r"3|404", "no such --model, or no such --endpoint (has it moved, must it end in /v1?)"),
@@ -119,42 +116,38 @@ class Endpoint:
         # The environment's proxies and certificates, looked up once: at every call that costs a fifth of the speed.
         self.settings = self.session.merge_environment_settings(self.url, {}, stream=True, verify=None, cert=None)
         self.session.trust_env = False
-        self.gate, self.lock, self.stop = threading.Lock(), threading.Lock(), threading.Event()
-        self.opens_at = self.next_turn = 0.0  # seconds of time.monotonic()
-        self.reached, self.answered, self.tokens, self.trouble = False, 0, Counter(), ""
-
-    def sleep(self, seconds):
-        if self.stop.wait(seconds):
-            raise InputError("stopped")  # never shown: another error, or Ctrl-C, has stopped the job
+        self.gate, self.lock, self.opens_at, self.next_turn = threading.Lock(), threading.Lock(), 0.0, 0.0
+        self.works, self.answered, self.tokens, self.trouble = False, 0, Counter(), ""  # works: completes a chat
 
     def post(self, prompt):
-        """Send one user message. Returns the HTTP status (0 for no answer), the text, its Retry-After in s or None."""
+        """Send one user message. Returns the HTTP status (0 for no answer), the body, its Retry-After in s or None."""
         with self.gate:  # the first in the queue waits inside, the others behind it
-            while (pause := max(self.opens_at, self.next_turn) - time.monotonic()) > 0:
-                self.sleep(pause)
+            while (wait := max(self.opens_at, self.next_turn) - time.monotonic()) > 0:
+                time.sleep(wait)
             self.next_turn = time.monotonic() + 60 / (self.flags.requests_per_minute or float("inf"))
         body = {**self.flags.sampling, "model": self.flags.model, "messages": [{"role": "user", "content": prompt}]}
-        limit, said, until = self.flags.timeout, b"", time.monotonic() + self.flags.timeout
+        limit, said, pause, until = self.flags.timeout, b"", None, time.monotonic() + self.flags.timeout
         try:
             with self.session.post(self.url, json=body, timeout=limit, allow_redirects=False, **self.settings) as reply:
-                self.reached, status, pause = True, reply.status_code, retry_after(reply.headers.get("Retry-After", ""))
+                with contextlib.suppress(HTTPError, ValueError, OverflowError):  # neither seconds nor a date
+                    pause = Retry.DEFAULT.get_retry_after(reply.raw)
                 while len(said) <= LARGEST and (chunk := reply.raw.read1(2**16, decode_content=True)):  # what is there
                     said += chunk
                     if time.monotonic() > until:
                         raise requests.Timeout(f"not whole after {limit:g} s")
-            text = said.decode("utf-8", "replace")
-        except (requests.RequestException, HTTPError) as error:
-            status, pause, text = 0, None, "no answer: " + str(error).rpartition(": ")[2].strip("'\")")
+            status, text = reply.status_code, said[:LARGEST].decode("utf-8", "replace")
+        except (OSError, ValueError, OverflowError, HTTPError) as error:
+            status, text = 0, "no answer: " + str(error).rpartition(": ")[2].strip("'\")")
         return status, text.replace(self.key, "[key]") if len(self.key) >= 16 else text, pause  # shorter is no secret
 
     def judge(self, said, source, may_echo):
         """The paraphrase of `source` in a chat completion, and what is wrong with it ("" if nothing is)."""
         try:
-            reply = json.loads(said[:LARGEST])
+            reply = json.loads(said)
             choice, usage = reply["choices"][0], reply.get("usage") or {}
+            answer, self.works = choice["message"].get("content") or "", True
             with self.lock:
                 self.tokens.update({kind: usage.get(f"{kind}_tokens") or 0 for kind in ("prompt", "completion")})
-            answer = choice["message"].get("content") or ""
             if isinstance(answer, list):  # of parts; those of thoughts have no "text"
                 answer = "".join(part.get("text") or "" for part in answer)
             return tidy(answer), fault(tidy(answer), source, choice.get("finish_reason"), may_echo)
@@ -163,41 +156,32 @@ class Endpoint:
 
     def ask(self, prompt, source, may_echo=True):
         """A good answer to `prompt` about `source`. Raises RowFailed, or InputError if no caption will get one."""
-        asks = tries = 0
+        tries = Counter()
         while True:
             answered = self.answered
             status, said, pause = self.post(prompt.format(source))
-            if status == 200:
-                (answer, why), asks = self.judge(said, source, may_echo), asks + 1
-                if not why:
-                    self.answered, self.trouble = self.answered + 1, ""
-                    return answer
-                if asks == 4:  # a bad answer is asked again up to 3 times
-                    raise RowFailed(f"{why}, 4 times; the last: {' '.join(answer.split())[:200]}")
-                continue
-            reason = (f"HTTP {status}: " if status else "") + " ".join(said.split())[:200]
+            kind = "bad answers" if status == 200 else "failed calls"
+            answer, why = self.judge(said, source, may_echo) if status == 200 else (said, f"HTTP {status}")
+            if not why:
+                self.answered += 1
+                return answer
+            self.trouble = reason = f"{why}: {' '.join(answer.split())[:200]}"
             for pattern, advice in VERDICTS:
                 if re.match("(?is)" + pattern, f"{status} {said}"):
                     shown = "HTTP 401" if status == 401 else reason  # which may hold half of the key
                     raise InputError(f"{self.url}: {advice} ({shown})") if advice else RowFailed(reason)
-            # A 429 while others get through is no fault of this caption, and starts its count again.
-            tries, self.trouble = 0 if status == 429 and self.answered > answered else tries + 1, reason
-            if tries > self.flags.max_retries:
-                raise (RowFailed if self.reached else InputError)(f"{reason}, {tries} times; --endpoint: {self.url}")
-            delay = pause or random.uniform(0, min(60, 2**tries))  # full jitter
+            tries[kind] += 1
+            if status == 429 and self.answered > answered:  # others get through: it is no fault of this caption
+                tries[kind] = 0
+            if tries[kind] > (3 if status == 200 else self.flags.max_retries):
+                error = RowFailed if self.works else InputError
+                raise error(f"{reason} ({tries[kind]} {kind}; --endpoint: {self.url})")
+            delay = min(pause or random.uniform(0, min(60, 2 ** tries[kind])), 86400)  # full jitter
             if pause or status == 429:  # close the gate to all workers
                 with self.lock:
                     self.opens_at = max(self.opens_at, time.monotonic() + delay)
-            else:
-                self.sleep(delay)
-
-
-def retry_after(value):
-    """Seconds of the pause that a Retry-After header (seconds or an HTTP date) asks for; None if it asks for none."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if "," in value:
-            value = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        return min(max(0.0, float(value)), 86400)
+            elif status != 200:  # a bad answer is asked again at once
+                time.sleep(delay)
 
 
 # ---------------------------------------------------------------- what the three scripts share
@@ -231,7 +215,7 @@ def at_least(least, kind=int):
     def number(text):
         if kind(text) >= least:  # false for nan
             return kind(text)
-        raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
+        raise ArgumentTypeError(f"{text}: must be {least} or more")
     return number
 
 
@@ -240,9 +224,9 @@ def reading(place):
     """The guard around all that reads a file: what it raises becomes an InputError that names `place` (or place())."""
     try:
         yield
+    except (InputError, FileNotFoundError):  # they say enough
+        raise
     except Exception as error:
-        if isinstance(error, InputError) or getattr(error, "filename", None):  # an OSError's, which says enough
-            raise
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{place() if callable(place) else place}: can't be read: {said}") from None
 
@@ -266,10 +250,10 @@ def atomic_write(path, mode="w"):
 
 
 def expand(patterns):
-    """Yield the files that paths or globs name, each pattern's sorted; never a *.failed.*, which has no rows."""
+    """Yield the files that paths or globs name, each glob's sorted; no glob finds *.failed.*, which has no rows."""
     for pattern in patterns:
         found = sorted(path for path in glob.glob(pattern, recursive=True) if ".failed." not in os.path.basename(path))
-        yield from found or [pattern]
+        yield from [pattern] if os.path.exists(pattern) or not found else found
 
 
 def json_object(line):
@@ -279,14 +263,6 @@ def json_object(line):
         row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
     if type(row.get("image_id")) is int:
         row["image_id"] = str(row["image_id"])
-    return row
-
-
-def row_of(line):
-    """The row in a line: a dict with four texts, none of them blank, and an image_id that stays below its root."""
-    row = json_object(line)
-    if not all(row[key].strip() for key in ROW_KEYS) or not SAFE.fullmatch(row["image_id"]):
-        raise ValueError(f"a blank text, or image_id {row['image_id']!r} points out of the image root")
     return row
 
 
@@ -300,28 +276,36 @@ def parsed_lines(path, parse=json_object):
             offset += len(line)
 
 
-def read_rows(patterns):
-    """Yield (path, byte offset, row) of the JSONL files that paths or globs name. Raises InputError at file:line."""
+def read_rows(patterns, needed=ROW_KEYS, readers=None):
+    """Yield (path, byte offset, row) of JSON lines (or as `readers` say, by a name's ending). Raises InputError."""
     for path in expand(patterns):
-        for _, offset, row in parsed_lines(path, row_of):
-            yield path, offset, row
+        with reading(path):
+            for place, offset, row in (readers or {}).get(os.path.splitext(path)[1], parsed_lines)(path):
+                texts = [*map(row.get, needed)]
+                if {*map(type, texts)} != {str} or not all(map(str.strip, texts[2:])):
+                    raise InputError(f"{place}: needs texts as {', '.join(needed)}")
+                if not SAFE.fullmatch(row["image_id"]):
+                    raise InputError(f"{place}: image_id {row['image_id']!r} points out of the image root")
+                yield path, offset, row
+
+
+def key_of(row):
+    """A hash that tells a row from all others: ten million of them fit into memory."""
+    return hash((row["image_id"], row["caption"]))
 
 
 def tar_files(tar):
-    """Yield the files of an open tarfile. Raises InputError for damage and cuts, which tarfile may take for the end."""
-    with reading(tar.name):
-        for member in iter(tar.next, None):
-            if member.isfile():
-                yield member
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(512) != bytes(512):
-            raise ValueError(f"damaged or cut off at byte {tar.offset:,}")
-
-
-# ---------------------------------------------------------------- captions, streamed
+    """Yield the files of an open tarfile. Raises ValueError for damage and cuts, which tarfile may take for the end."""
+    for member in iter(tar.next, None):
+        if member.isfile():
+            yield member
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(512) != bytes(512):
+        raise ValueError(f"{tar.name} is damaged or cut off at byte {tar.offset:,}")
 
 
 def text_of(line):
+    """The text of a line of bytes, without its end."""
     return line.decode().strip("\ufeff\r\n")
 
 
@@ -332,18 +316,16 @@ def read_txt(path):
 
 def read_tsv(path):
     """A quote is CSV's where it opens and closes a whole cell; else, as in 5" lamp, it stands for itself."""
-    header = None
+    columns = 0
     for place, offset, line in parsed_lines(path, text_of):
         cells = line.split("\t")
         if '"' in line:
             with contextlib.suppress(csv.Error):  # a line at a time: no quote swallows the next one
                 cells = next(csv.reader([line], "excel-tab", strict=True))
-        header = header or cells
-        if len(cells) != len(header) or not {"filepath", "title"} <= {*header}:
-            raise InputError(f"{place}: must have the header's columns, filepath and title among them")
-        if cells is not header:
-            row = dict(zip(header, cells))
-            yield place, offset, {"image_id": row["filepath"], "caption": row["title"]}
+        if columns:
+            yield place, offset, {"image_id": cells[i], "caption": cells[j]} if len(cells) == columns else {}
+        else:
+            columns, i, j = len(cells), cells.index("filepath"), cells.index("title")
 
 
 def read_tar(path):
@@ -361,46 +343,26 @@ def read_tar(path):
 READERS = {".txt": read_txt, ".tsv": read_tsv, ".jsonl": parsed_lines, ".tar": read_tar}
 
 
-def read_captions(patterns):
-    """Yield (file:line or shard:key, a hash, the row with "image_id", "caption", ...) of every caption, in order."""
-    for path in expand(patterns):
-        if not (reader := READERS.get(os.path.splitext(path)[1])):
-            raise InputError(f"{path}: its name must end in one of {' '.join(READERS)}")
-        with reading(path):
-            for place, _, row in reader(path):
-                image_id, caption = row.get("image_id"), row.get("caption")
-                if not (isinstance(image_id, str) and isinstance(caption, str) and SAFE.fullmatch(image_id)):
-                    raise InputError(f'{place}: needs a "caption", and an "image_id" below the image root')
-                yield place, hash((image_id, caption)), {"image_id": image_id, **row}  # first: see keys_of
+# ---------------------------------------------------------------- the job, and what comes after it
 
 
-# ---------------------------------------------------------------- the job
-
-
-def keys_of(file, parse):
-    """The keys of the rows in `file`. A last line that a kill has torn is cut off, if all before it are rows."""
-    def key_or_torn(line):
-        try:
-            row = parse(line)
-            return hash((row["image_id"], row["caption"]))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            if line.endswith(b"\n") or not b'{"image_id":'.startswith(line[:12]):
-                raise
-
-    keys = set()
-    for _, offset, key in parsed_lines(file.name, key_or_torn):
-        keys.add(key)
-    if None in keys:
-        file.truncate(offset)
-    return keys - {None}
+def keys_of(file, needed):
+    """The keys of the rows in `file`. A last line that a kill has torn is cut off; one that lacks its end gets it."""
+    end = file.seek(0, os.SEEK_END)
+    last = os.pread(file.fileno(), LARGEST, max(0, end - LARGEST)).rpartition(b"\n")[2]
+    torn = b'{"image_id":'.startswith(last[:12]) and not last.endswith(b"}")
+    if torn and len(last) < end:
+        next(read_rows([file.name], needed))  # raises InputError, before the cut, if this is no file of rows
+    file.truncate(end - len(last) * torn)
+    keys = {key_of(row) for _, _, row in read_rows([file.name], needed)}
+    file.write(b"\n" if last and not torn else b"")
+    return keys
 
 
 def append(file, row):
-    """Append `row` as a line of its own, whole or not at all. `file` is unbuffered: kill -9 loses nothing."""
-    end = file.seek(0, os.SEEK_END)
+    """Append `row` as a line, whole or not at all. `file` is unbuffered: kill -9 loses nothing."""
+    end, row = file.seek(0, os.SEEK_END), {"image_id": row["image_id"], **row}  # first: see keys_of
     line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-    if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-        line = b"\n" + line
     with contextlib.suppress(OSError):
         if file.write(line) == len(line):
             return
@@ -409,21 +371,19 @@ def append(file, row):
 
 
 def plan(flags, done):
-    """The keys of the captions that want a row and are not in `done`, by one pass before the first paid call."""
-    kept, seen, strange, left_out, limit = set(), set(), len(done), 0, flags.limit or sys.maxsize
-    captions = tqdm(read_captions(flags.captions), "reading captions", unit="", leave=False, disable=None)
-    for n, (place, key, row) in enumerate(captions):
-        image, words = row["image_id"], len(row["caption"].split())
-        if hash(image) in seen:
-            first = next(first for first, _, other in read_captions(flags.captions) if other["image_id"] == image)
-            raise InputError(f'image_id "{image}" is there twice: {first} and {place}')
-        seen.add(hash(image))
+    """The keys of the captions that are kept, by one pass before the first paid call."""
+    kept, ids, strange, left_out, limit = set(), set(), len(done), 0, flags.limit or sys.maxsize
+    captions = read_rows(flags.captions, ROW_KEYS[:2], READERS)
+    for n, (path, _, row) in enumerate(tqdm(captions, "reading captions", unit="", leave=False, disable=None)):
+        if hash(row["image_id"]) in ids:
+            raise InputError(f'{path}: image_id "{row["image_id"]}" is there twice')
+        ids.add(hash(row["image_id"]))
         if n % flags.shard[1] == flags.shard[0]:
-            strange -= key in done
-            if not max(flags.min_words, 1) <= words <= flags.max_words:
+            strange -= key_of(row) in done
+            if not max(flags.min_words, 1) <= len(row["caption"].split()) <= flags.max_words:
                 left_out += 1
             elif len(kept) < limit:
-                kept.add(key)
+                kept.add(key_of(row))
         if len(kept) == limit and not strange:
             break
     print(f"{len(kept):,} captions kept, {left_out:,} left out (--min-words, --max-words)")
@@ -431,61 +391,48 @@ def plan(flags, done):
         raise InputError(f"{flags.output}: {strange:,} of its rows are of another job or --shard; give it its own")
     if not kept:
         raise InputError(f"{' '.join(flags.captions)}: no caption is kept")
-    kept -= done
     return kept
 
 
 def work(flags, endpoint, captions, rows, journal, bar):
     """Paraphrase `captions` in threads, each to the file `rows` or `journal` at once. Returns the counts."""
-    lock, errors, count = threading.Lock(), [], Counter()
+    lock, ended, count = threading.Lock(), [], Counter()
 
     def worker():
         try:
-            while not endpoint.stop.is_set():
+            while True:
                 with lock:
-                    row = next(captions, None)
-                if row is None:
-                    return
-                file, reason = rows, ""
+                    file, row = rows, next(captions)
                 try:
                     row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
                 except RowFailed as failure:
-                    file, reason = journal, str(failure)
-                    row["reason"] = reason
+                    file, row["reason"] = journal, str(failure)
                 with lock:
                     append(file, row)
-                    count.update(done=1, failed=1 if reason else 0)
-                    count["in a row"] = count["in a row"] + 1 if reason else 0
-                if count["in a row"] >= (1000 if endpoint.answered else 100):  # the server's fault, not theirs
-                    raise InputError(f"{count['in a row']} captions failed one after another, the last: {reason}")
-        except BaseException as error:  # noqa: BLE001 - the main thread raises the first
-            errors.append(error)
-            endpoint.stop.set()
+                    count.update(done=1, failed=int(file is journal))
+                    if count["failed"] >= 100 and not endpoint.works:
+                        raise InputError(f"{endpoint.url}: no chat with 100 captions, the last: {row['reason']}")
+        except Exception as error:  # noqa: BLE001 - StopIteration after the last caption, or what stops the job
+            ended.append(error)
 
-    threads = [threading.Thread(target=worker, daemon=True) for _ in range(flags.concurrency)]
-    for thread in threads:
-        thread.start()
-    working, until = True, float("inf")
+    for _ in range(flags.concurrency):
+        threading.Thread(target=worker, daemon=True).start()
+    working = True
     while working:  # and once more, to count what came last
-        try:
-            time.sleep(0.3)
-            if endpoint.stop.is_set():  # calls in flight get 8 seconds to land
-                until = min(until, time.monotonic() + 8)
-            working = any(thread.is_alive() for thread in threads) and time.monotonic() < until
-            os.fsync(rows.fileno())
-            tokens, pause = endpoint.tokens, endpoint.opens_at - time.monotonic()
-            spent = (tokens["prompt"] * flags.price_in + tokens["completion"] * flags.price_out) / 1e6
-            about = spent / max(count["done"], 1) * bar.total
-            shown = (f"{tokens.total():,} tokens", spent and f"${spent:.2f} of about ${about:.2f}",
-                     f"{count['failed']} failed", pause > 1 and f"all wait {pause:.0f} s",
-                     endpoint.trouble and f"last: {endpoint.trouble[:60]}")
-            bar.set_postfix_str(", ".join(filter(None, shown)), refresh=False)
-            bar.update(count["done"] - bar.n)
-        except KeyboardInterrupt as error:
-            errors.insert(0, error)
-            endpoint.stop.set()
-    if errors:
-        raise errors[0]
+        working = len(ended) < flags.concurrency
+        time.sleep(0.3 * working)
+        os.fsync(rows.fileno())
+        tokens, pause = endpoint.tokens, endpoint.opens_at - time.monotonic()
+        spent = (tokens["prompt"] * flags.price_in + tokens["completion"] * flags.price_out) / 1e6
+        shown = (f"{tokens.total():,} tokens",
+                 spent and f"${spent:.2f} of about ${spent / max(count['done'], 1) * bar.total:.2f}",
+                 f"{count['failed']} failed", pause > 1 and f"all wait {pause:.0f} s",
+                 endpoint.trouble and f"last: {endpoint.trouble[:60]}")
+        bar.set_postfix_str(", ".join(filter(None, shown)), refresh=False)
+        bar.update(count["done"] - bar.n)
+        for error in ended:
+            if not isinstance(error, StopIteration):
+                raise error
     return count
 
 
@@ -498,22 +445,18 @@ def generate(flags):
             fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{flags.output}: another generate.py is writing to it; give this one its own") from None
-        done, failed = keys_of(rows, row_of), keys_of(journal, json_object)
-        todo = plan(flags, done)
-        left, failed = len(todo), failed & todo
-        todo = failed if flags.retry_failed else todo - failed
+        done, failed = keys_of(rows, ROW_KEYS), keys_of(journal, ROW_KEYS[:2])
+        left = plan(flags, done) - done
+        todo = left & failed if flags.retry_failed else left - failed
         print(f"{len(done):,} rows stand in {flags.output}; {len(todo):,} captions to do")
-        captions = itertools.islice((row for _, key, row in read_captions(flags.captions) if key in todo), len(todo))
+        captions = (row for _, _, row in read_rows(flags.captions, ROW_KEYS[:2], READERS) if key_of(row) in todo)
         with tqdm(total=len(todo), unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
-            count = work(flags, endpoint, captions, rows, journal, bar)
+            count = work(flags, endpoint, itertools.islice(captions, len(todo)), rows, journal, bar)
     tokens, new = endpoint.tokens, count["done"] - count["failed"]
     print(f"{flags.output}: {new:,} rows more; tokens: {tokens['prompt']:,} in, {tokens['completion']:,} out")
-    if new < left:
-        print(f"{left - new:,} captions are without a row; --retry-failed asks again for those in {failed_path}")
-    return 1 if new < left else 0
-
-
-# ---------------------------------------------------------------- after the job: chats for LLaMA, a sheet to read
+    if new < len(left):
+        print(f"{len(left) - new:,} captions are without a row; --retry-failed asks again for those in {failed_path}")
+    return 1 if new < len(left) else 0
 
 
 def export_chat(flags):
@@ -528,20 +471,18 @@ def export_chat(flags):
 
 def write_sheet(flags):
     """Does this LLM do what section 2.1 asks? A random sample of the rows as a table to read, and means over all."""
-    size, sample, chance, sums = flags.limit or 100, [], random.Random(0), Counter(rows=0)
-    for n, (_, _, row) in enumerate(tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS)):
+    size, count, sample, chance, sums = flags.limit or 100, 0, [], random.Random(0), [0] * 7
+    for count, (_, _, row) in enumerate(tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS), 1):
         cells = [" ".join(row[key].split()) for key in ROW_KEYS]  # no tab or line end
-        t, t1, t2 = words = [re.findall(r"\w+", text.casefold()) for text in cells[1:]]
-        kept_1, kept_2 = (len({*old} & {*new}) / max(len({*old}), 1) for old, new in itertools.pairwise(words))
-        sums.update(rows=1, t=len(t), t1=len(t1), t2=len(t2), kept_1=kept_1, kept_2=kept_2, most=kept_2 > 0.8,
-                    same=cells[1] == cells[2])
-        if (place := n if n < size else chance.randrange(n + 1)) < size:
-            sample[place:place + 1] = [[*cells, round(100 * kept_2)]]
+        words = [re.findall(r"\w+", text.casefold()) for text in cells[1:]]
+        kept = [len({*old} & {*new}) / max(len({*old}), 1) for old, new in itertools.pairwise(words)]
+        sums = [a + b for a, b in zip(sums, (*map(len, words), *kept, kept[1] > 0.8, cells[1] == cells[2]))]
+        if (place := count - 1 if count <= size else chance.randrange(count)) < size:
+            sample[place:place + 1] = [[*cells, round(100 * kept[1])]]
     with atomic_write(flags.sheet) as file:
         csv.writer(file, "excel-tab").writerows([["image_id", "T", "T'", "T''", "% of T' kept in T''"], *sample])
-    means = {name: total / max(sums["rows"], 1) for name, total in sums.items()}
-    print(f"{sums['rows']:,} rows. " + "Words: T {t:.1f}, T' {t1:.1f}, T'' {t2:.1f}; of T kept in T' {kept_1:.0%}, of "
-          "T' in T'' {kept_2:.0%} (more than 80% in {most:.1%} of the rows); T' is T in {same:.1%}".format_map(means))
+    print("{:,} rows. Words: T {:.1f}, T' {:.1f}, T'' {:.1f}; of T kept in T' {:.0%}, of T' in T'' {:.0%} (more than "
+          "80% in {:.1%} of the rows); T' is T in {:.1%}".format(count, *(total / max(count, 1) for total in sums)))
 
 
 def key_value(text):
@@ -553,31 +494,29 @@ def key_value(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     flag, goal = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
-    whole, real = at_least(0), at_least(0, float)
-    flag("captions", nargs="+", metavar="CAPTIONS", help=".txt, .tsv, .jsonl, .tar files or globs; for an export, rows")
+    flag("captions", nargs="+", metavar="CAPTIONS", help=".txt, a caption a line; .tsv with filepath and title; .jsonl "
+         "with image_id and caption; img2dataset's .tar; or globs. For an export, rows")
     goal("--output", metavar="ROWS.jsonl", help="the rows; captions that fail go to ROWS.failed.jsonl beside it")
     goal("--export-chat", metavar="FILE", help="write the rows in CAPTIONS as chat pairs to it, and stop")
     goal("--sheet", metavar="FILE", help="write a random sample (--limit, else 100) of those rows to it, and stop")
     flag("--endpoint", metavar="URL", help="an OpenAI-compatible server (default: $OPENAI_BASE_URL, else OpenAI's)")
-    flag("--model", default="gpt-4o-mini", metavar="NAME", help="the LLM (default: %(default)s, which takes the "
-         "paper's --sampling; the paper's gpt-35-turbo-0301 is gone)")
+    flag("--model", default="gpt-4o-mini", metavar="NAME", help="the LLM (default: %(default)s; the paper's is gone)")
     flag("--sampling", nargs="+", type=key_value, metavar="KEY=VALUE", help="what a request holds beside model and "
          "messages (default: temperature=1.0 top_p=0.1 max_tokens=512; Appendix A, the last the authors' script)",
          default={"temperature": 1.0, "top_p": 0.1, "max_tokens": 512})
-    flag("--min-words", type=whole, default=2, help="leave out shorter captions (default: 2, the authors' script)")
-    flag("--max-words", type=whole, default=15, help="leave out longer captions (default: 15, the authors' script)")
-    flag("--limit", type=whole, default=0, metavar="N", help="first N kept (section 3: 300000; default: 0, all)")
+    flag("--min-words", type=at_least(0), default=2, help="no shorter captions (default: 2, the authors' script)")
+    flag("--max-words", type=at_least(0), default=15, help="no longer captions (default: 15, the authors' script)")
+    flag("--limit", type=at_least(0), default=0, metavar="N", help="first N kept (section 3: 300000; default: 0, all)")
     flag("--shard", default="0/1", metavar="i/n", help="every n-th caption, from the i-th on (default: %(default)s)")
     flag("--retry-failed", action="store_true", help="take up the captions that failed before, and no others")
     flag("--concurrency", type=at_least(1), default=64, metavar="N", help="calls at once (default: %(default)s)")
-    flag("--requests-per-minute", type=real, default=0, metavar="N", help="send no more calls (default: 0, no limit)")
-    flag("--max-retries", type=whole, default=10, metavar="N", help="of a failed call (default: %(default)s)")
-    flag("--timeout", type=at_least(0.001, float), default=60, metavar="SECONDS", help="of a call (default: 60)")
-    flag("--price-in", type=real, default=0, metavar="USD", help="of a million tokens sent, for the bar (default: 0)")
-    flag("--price-out", type=real, default=0, metavar="USD", help="of a million tokens answered (default: 0)")
+    flag("--requests-per-minute", type=float, default=0, metavar="N", help="send no more calls (default: 0, no limit)")
+    flag("--max-retries", type=at_least(0), default=10, metavar="N", help="of a failed call (default: %(default)s)")
+    flag("--timeout", type=float, default=60, metavar="SECONDS", help="of a call (default: 60)")
+    flag("--price-in", type=float, default=0, metavar="USD", help="of a million tokens sent, for the bar (default: 0)")
+    flag("--price-out", type=float, default=0, metavar="USD", help="of a million tokens answered (default: 0)")
     flags = parser.parse_args(argv)
     flags.sampling = dict(flags.sampling)
     shard = re.fullmatch(r"(\d+)/(\d+)", flags.shard)
@@ -588,12 +527,13 @@ def parse_args(argv=None):
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's "&" had turned SIGINT off
-        signal.signal(number, signal.default_int_handler)
     flags = parse_args()
-    target, paths = flags.output or flags.export_chat or flags.sheet, expand(flags.captions)
-    if os.path.exists(target) and (not os.path.isfile(target) or any(os.path.samefile(target, path) for path in paths)):
-        raise InputError(f"{target}: not a file, or one of the inputs")
+    target = flags.output or flags.export_chat or flags.sheet
+    for path in expand(flags.captions):
+        if flags.output and os.path.splitext(path)[1] not in READERS:
+            raise InputError(f"{path}: its name must end in one of {', '.join(READERS)}")
+        if os.path.exists(target) and (not os.path.isfile(target) or os.path.samefile(target, path)):
+            raise InputError(f"{target}: not a file, or one of the inputs")
     return generate(flags) if flags.output else export_chat(flags) if flags.export_chat else write_sheet(flags)
 
 

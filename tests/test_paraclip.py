@@ -428,7 +428,7 @@ def test_a_damaged_or_cut_shard_is_no_end(world, alone, tmp_path):
     at = whole.index(b"10.jpg")
     for i, damaged in enumerate((whole[:at] + b"\xff" * 512 + whole[at + 512 :], whole[:at])):
         (tmp_path / f"{i}.tar").write_bytes(damaged)
-        with pytest.raises(InputError, match=f"{i}.tar: can't be read: ValueError: damaged or cut off at byte {at:,}"):
+        with pytest.raises(InputError, match=f"{i}.tar is damaged or cut off at byte {at:,}"):
             cache(world, tmp_path / "run", ids=[f"{i}/00"], images=tmp_path)
 
 def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
@@ -469,8 +469,8 @@ def rows_with(world, tmp_path, change):
 BAD = {
     "no JSON": (lambda w, t: {"rows": rows_with(w, t, '{"image_id": "0')}, "bad.jsonl:3: can't be read: JSONDecodeError"),
     "no dict": (lambda w, t: {"rows": rows_with(w, t, "[1]")}, "bad.jsonl:3: can't be read: "),
-    "no key": (lambda w, t: {"rows": rows_with(w, t, '{"image_id": "0001"}')}, "bad.jsonl:3: can't be read: KeyError: 'caption'"),
-    "blank": (lambda w, t: {"rows": rows_with(w, t, {"paraphrase_2": " "})}, 'bad.jsonl:3: can\'t be read: ValueError: a blank text'),
+    "no key": (lambda w, t: {"rows": rows_with(w, t, '{"image_id": "0001"}')}, "bad.jsonl:3: needs texts as image_id, caption, "),
+    "blank": (lambda w, t: {"rows": rows_with(w, t, {"paraphrase_2": " "})}, "bad.jsonl:3: needs texts as image_id, caption, "),
     "way out": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "../clip/x"})}, "points out of the image root"),
     "absolute": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "/etc/passwd"})}, "points out of the image root"),
     "half an emoji": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "a\ud83d"})}, "the first: a?: FileNotFoundError"),
