@@ -279,13 +279,12 @@ def parsed_lines(path, parse=json_object):
 def read_rows(patterns, needed=ROW_KEYS, readers=None):
     """Yield (path, byte offset, row) of JSON lines (or as `readers` say, by a name's ending). Raises InputError."""
     for path in expand(patterns):
-        with reading(path):
+        place = path
+        with reading(lambda: place):
             for place, offset, row in (readers or {}).get(os.path.splitext(path)[1], parsed_lines)(path):
-                texts = [*map(row.get, needed)]
-                if {*map(type, texts)} != {str} or not all(map(str.strip, texts[2:])):
-                    raise InputError(f"{place}: needs texts as {', '.join(needed)}")
-                if not SAFE.fullmatch(row["image_id"]):
-                    raise InputError(f"{place}: image_id {row['image_id']!r} points out of the image root")
+                texts = [row[key].strip() for key in needed]
+                if not SAFE.fullmatch(row["image_id"]) or not all(texts[2:]):
+                    raise ValueError(f"a blank text, or image_id {row['image_id']!r} points out of the image root")
                 yield path, offset, row
 
 
@@ -322,10 +321,12 @@ def read_tsv(path):
         if '"' in line:
             with contextlib.suppress(csv.Error):  # a line at a time: no quote swallows the next one
                 cells = next(csv.reader([line], "excel-tab", strict=True))
-        if columns:
-            yield place, offset, {"image_id": cells[i], "caption": cells[j]} if len(cells) == columns else {}
-        else:
+        if not columns:
             columns, i, j = len(cells), cells.index("filepath"), cells.index("title")
+        elif len(cells) == columns:
+            yield place, offset, {"image_id": cells[i], "caption": cells[j]}
+        else:
+            raise InputError(f"{place}: {len(cells)} columns, but the header has {columns}")
 
 
 def read_tar(path):

@@ -133,7 +133,7 @@ BAD_INPUTS = {  # the files, the arguments beside --output, what the error's lin
     "suffix": ({"a.csv": "x"}, ["a.csv"], ["a.csv", ".tsv"]),
     "not UTF-8": ({"a.txt": b"a dog\n\xff\xfe dog\n"}, ["a.txt"], ["a.txt:2", "utf-8"]),
     "header": ({"a.tsv": "x\ty\n1\t2\n"}, ["a.tsv"], ["a.tsv", "filepath"]),
-    "columns": ({"a.tsv": "filepath\ttitle\n1\ta dog\n2\n"}, ["a.tsv"], ["a.tsv:3", "image_id"]),
+    "columns": ({"a.tsv": "filepath\ttitle\n1\ta dog\n2\n"}, ["a.tsv"], ["a.tsv:3", "columns"]),
     "not JSON": ({"a.jsonl": '{"image_id": "1", "caption": "a dog"}\n{\n'}, ["a.jsonl"], ["a.jsonl:2", "JSON"]),
     "id out of the root": ({"a.jsonl": '{"image_id": "../1", "caption": "a dog"}\n'}, ["a.jsonl"], ["a.jsonl:1", "image_id"]),
     "cut tar": ({"a.tar": tar({"1.txt": b"a dog", "2.jpg": b"x" * 20_000})[:9000]}, ["a.tar"], ["a.tar"]),

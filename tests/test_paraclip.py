@@ -469,8 +469,8 @@ def rows_with(world, tmp_path, change):
 BAD = {
     "no JSON": (lambda w, t: {"rows": rows_with(w, t, '{"image_id": "0')}, "bad.jsonl:3: can't be read: JSONDecodeError"),
     "no dict": (lambda w, t: {"rows": rows_with(w, t, "[1]")}, "bad.jsonl:3: can't be read: "),
-    "no key": (lambda w, t: {"rows": rows_with(w, t, '{"image_id": "0001"}')}, "bad.jsonl:3: needs texts as image_id, caption, "),
-    "blank": (lambda w, t: {"rows": rows_with(w, t, {"paraphrase_2": " "})}, "bad.jsonl:3: needs texts as image_id, caption, "),
+    "no key": (lambda w, t: {"rows": rows_with(w, t, '{"image_id": "0001"}')}, "bad.jsonl:3: can't be read: KeyError: 'caption'"),
+    "blank": (lambda w, t: {"rows": rows_with(w, t, {"paraphrase_2": " "})}, "bad.jsonl:3: can't be read: ValueError: a blank text"),
     "way out": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "../clip/x"})}, "points out of the image root"),
     "absolute": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "/etc/passwd"})}, "points out of the image root"),
     "half an emoji": (lambda w, t: {"rows": rows_with(w, t, {"image_id": "a\ud83d"})}, "the first: a?: FileNotFoundError"),
