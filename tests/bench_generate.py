@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -47,7 +46,7 @@ def start(folder, output, *args):
 
 
 def measure(title, server, folder, commands, seconds):
-    """Start-up until the first call, then calls/s over `seconds`, then Ctrl-C."""
+    """Start-up until the first call, then calls/s over `seconds`, then kill -9."""
     before, began = count(), time.monotonic()
     processes = [start(folder, *command) for command in commands]
     while count() == before:
@@ -61,7 +60,7 @@ def measure(title, server, folder, commands, seconds):
     *busy, busy_server = [(cpu(pid) - u) / seconds for pid, u in zip((*pids, server.pid), used)]
     peaks = [memory(pid, "VmHWM") for pid in pids]
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.kill()
         process.wait()
     print(f"{title}: {calls:.0f} calls/s; first call after {startup:.1f} s; memory at most {max(peaks):.0f} MB; "
           f"cores used {' + '.join(f'{b:.2f}' for b in busy)}, the server {busy_server:.2f}", flush=True)

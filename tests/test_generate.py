@@ -429,7 +429,8 @@ def test_ctrl_c(tmp_path):
     """It ends at once, sits out neither calls in flight nor a pause, and the rows that are written stay."""
     with Server(lambda request: Reply(reword(request).content, delay=0 if request.number < 10 else 30)) as server:
         args = (*write_captions(tmp_path, 100), "--concurrency", 1)
-        process = start(*args, server=server, cwd=tmp_path)
+        listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where pytest runs behind a shell's "&"
+        process = start(*args, server=server, cwd=tmp_path, preexec_fn=listen)
         while server.count < 11:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -438,7 +439,8 @@ def test_ctrl_c(tmp_path):
         assert re.split(r"[\r\n]", err.rstrip())[-1].startswith("stopped: ")
         assert len(lines(tmp_path / "rows.jsonl")) == 5
         server.answer = lambda request: Reply(status=429, headers={"Retry-After": "60"})
-        process = start(*args, server=server, jitter="1; sys.stderr.isatty = lambda: True", cwd=tmp_path)  # a quick bar
+        process = start(*args, server=server, jitter="1; sys.stderr.isatty = lambda: True",  # a quick bar
+                        cwd=tmp_path, preexec_fn=listen)
         while server.count < 12:
             time.sleep(0.01)
         time.sleep(1)
