@@ -17,6 +17,7 @@ import glob
 import itertools
 import json
 import os
+import queue
 import random
 import re
 import sys
@@ -117,7 +118,7 @@ class Endpoint:
         self.settings = self.session.merge_environment_settings(self.url, {}, stream=True, verify=None, cert=None)
         self.session.trust_env = False
         self.gate, self.lock, self.opens_at, self.next_turn = threading.Lock(), threading.Lock(), 0.0, 0.0
-        self.works, self.answered, self.tokens, self.trouble = False, 0, Counter(), ""  # works: completes a chat
+        self.reached, self.answered, self.tokens, self.trouble = False, 0, Counter(), ""
 
     def post(self, prompt):
         """Send one user message. Returns the HTTP status (0 for no answer), the body, its Retry-After in s or None."""
@@ -135,19 +136,21 @@ class Endpoint:
                     said += chunk
                     if time.monotonic() > until:
                         raise requests.Timeout(f"not whole after {limit:g} s")
-            status, text = reply.status_code, said[:LARGEST].decode("utf-8", "replace")
+            self.reached, status, text = True, reply.status_code, said[:LARGEST].decode("utf-8", "replace")
         except (OSError, ValueError, OverflowError, HTTPError) as error:
-            status, text = 0, "no answer: " + str(error).rpartition(": ")[2].strip("'\")")
+            status, text = 0, str(error).rpartition(": ")[2].strip("'\")")
         return status, text.replace(self.key, "[key]") if len(self.key) >= 16 else text, pause  # shorter is no secret
 
-    def judge(self, said, source, may_echo):
+    def judge(self, status, said, source, may_echo):
         """The paraphrase of `source` in a chat completion, and what is wrong with it ("" if nothing is)."""
+        if status != 200:
+            return said, f"HTTP {status}" if status else "no answer"
         try:
             reply = json.loads(said)
             choice, usage = reply["choices"][0], reply.get("usage") or {}
-            answer, self.works = choice["message"].get("content") or "", True
             with self.lock:
-                self.tokens.update({kind: usage.get(f"{kind}_tokens") or 0 for kind in ("prompt", "completion")})
+                self.tokens.update({kind: int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")})
+            answer = choice["message"].get("content") or ""
             if isinstance(answer, list):  # of parts; those of thoughts have no "text"
                 answer = "".join(part.get("text") or "" for part in answer)
             return tidy(answer), fault(tidy(answer), source, choice.get("finish_reason"), may_echo)
@@ -161,20 +164,19 @@ class Endpoint:
             answered = self.answered
             status, said, pause = self.post(prompt.format(source))
             kind = "bad answers" if status == 200 else "failed calls"
-            answer, why = self.judge(said, source, may_echo) if status == 200 else (said, f"HTTP {status}")
+            answer, why = self.judge(status, said, source, may_echo)
             if not why:
                 self.answered += 1
                 return answer
-            self.trouble = reason = f"{why}: {' '.join(answer.split())[:200]}"
+            reason = f"{why}: {' '.join(answer.split())[:200]}"
             for pattern, advice in VERDICTS:
                 if re.match("(?is)" + pattern, f"{status} {said}"):
                     shown = "HTTP 401" if status == 401 else reason  # which may hold half of the key
                     raise InputError(f"{self.url}: {advice} ({shown})") if advice else RowFailed(reason)
-            tries[kind] += 1
-            if status == 429 and self.answered > answered:  # others get through: it is no fault of this caption
-                tries[kind] = 0
+            # A 429 while others get through is no fault of this caption, and starts its count again.
+            self.trouble, tries[kind] = reason, 0 if status == 429 and self.answered > answered else tries[kind] + 1
             if tries[kind] > (3 if status == 200 else self.flags.max_retries):
-                error = RowFailed if self.works else InputError
+                error = RowFailed if self.reached else InputError
                 raise error(f"{reason} ({tries[kind]} {kind}; --endpoint: {self.url})")
             delay = min(pause or random.uniform(0, min(60, 2 ** tries[kind])), 86400)  # full jitter
             if pause or status == 429:  # close the gate to all workers
@@ -283,9 +285,10 @@ def read_rows(patterns, needed=ROW_KEYS, readers=None):
         with reading(lambda: place):
             for place, offset, row in (readers or {}).get(os.path.splitext(path)[1], parsed_lines)(path):
                 texts = [row[key].strip() for key in needed]
-                if not SAFE.fullmatch(row["image_id"]) or not all(texts[2:]):
+                if not SAFE.fullmatch(row["image_id"]) or needed is ROW_KEYS and not all(texts):
                     raise ValueError(f"a blank text, or image_id {row['image_id']!r} points out of the image root")
                 yield path, offset, row
+                place = path  # until the reader has told the next one
 
 
 def key_of(row):
@@ -295,9 +298,7 @@ def key_of(row):
 
 def tar_files(tar):
     """Yield the files of an open tarfile. Raises ValueError for damage and cuts, which tarfile may take for the end."""
-    for member in iter(tar.next, None):
-        if member.isfile():
-            yield member
+    yield from filter(tarfile.TarInfo.isfile, iter(tar.next, None))
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(512) != bytes(512):
         raise ValueError(f"{tar.name} is damaged or cut off at byte {tar.offset:,}")
@@ -351,9 +352,7 @@ def keys_of(file, needed):
     """The keys of the rows in `file`. A last line that a kill has torn is cut off; one that lacks its end gets it."""
     end = file.seek(0, os.SEEK_END)
     last = os.pread(file.fileno(), LARGEST, max(0, end - LARGEST)).rpartition(b"\n")[2]
-    torn = b'{"image_id":'.startswith(last[:12]) and not last.endswith(b"}")
-    if torn and len(last) < end:
-        next(read_rows([file.name], needed))  # raises InputError, before the cut, if this is no file of rows
+    torn = b'{"image_id":'.startswith(last[:12]) and not re.search(rb'[^\\]"}$', last)  # within a text, " is \"
     file.truncate(end - len(last) * torn)
     keys = {key_of(row) for _, _, row in read_rows([file.name], needed)}
     file.write(b"\n" if last and not torn else b"")
@@ -396,32 +395,39 @@ def plan(flags, done):
 
 
 def work(flags, endpoint, captions, rows, journal, bar):
-    """Paraphrase `captions` in threads, each to the file `rows` or `journal` at once. Returns the counts."""
-    lock, ended, count = threading.Lock(), [], Counter()
+    """Paraphrase `captions` in threads; this one writes each to `rows` or `journal` at once. Returns the counts."""
+    todo, finished, count, due = queue.SimpleQueue(), queue.SimpleQueue(), Counter(), 0
 
     def worker():
-        try:
-            while True:
-                with lock:
-                    file, row = rows, next(captions)
-                try:
-                    row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
-                except RowFailed as failure:
-                    file, row["reason"] = journal, str(failure)
-                with lock:
-                    append(file, row)
-                    count.update(done=1, failed=int(file is journal))
-                    if count["failed"] >= 100 and not endpoint.works:
-                        raise InputError(f"{endpoint.url}: no chat with 100 captions, the last: {row['reason']}")
-        except Exception as error:  # noqa: BLE001 - StopIteration after the last caption, or what stops the job
-            ended.append(error)
+        while True:
+            row = todo.get()
+            try:
+                row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
+                finished.put((row, None))
+            except Exception as error:
+                finished.put((row, error))
 
-    for _ in range(flags.concurrency):
+    for row in itertools.islice(captions, flags.concurrency):  # a worker's next comes when its last is written
+        todo.put(row)
         threading.Thread(target=worker, daemon=True).start()
-    working = True
-    while working:  # and once more, to count what came last
-        working = len(ended) < flags.concurrency
-        time.sleep(0.3 * working)
+        count["running"] += 1
+    while count["running"]:
+        with contextlib.suppress(queue.Empty):
+            row, error = finished.get(timeout=0.3)
+            if error and not isinstance(error, RowFailed):
+                raise error
+            append(journal if error else rows, {**row, "reason": str(error)} if error else row)
+            count.update(done=1, failed=1 if error else 0)
+            count["in a row"] = count["in a row"] + 1 if error else 0
+            if count["in a row"] >= (1000 if endpoint.answered or flags.retry_failed else 100):  # the server's fault
+                raise InputError(f"{count['in a row']} captions failed one after another, the last: {error}")
+            if row := next(captions, None):
+                todo.put(row)
+            else:
+                count["running"] -= 1
+        if time.monotonic() < due and count["running"]:
+            continue
+        due = time.monotonic() + 0.3
         os.fsync(rows.fileno())
         tokens, pause = endpoint.tokens, endpoint.opens_at - time.monotonic()
         spent = (tokens["prompt"] * flags.price_in + tokens["completion"] * flags.price_out) / 1e6
@@ -431,9 +437,6 @@ def work(flags, endpoint, captions, rows, journal, bar):
                  endpoint.trouble and f"last: {endpoint.trouble[:60]}")
         bar.set_postfix_str(", ".join(filter(None, shown)), refresh=False)
         bar.update(count["done"] - bar.n)
-        for error in ended:
-            if not isinstance(error, StopIteration):
-                raise error
     return count
 
 
@@ -472,18 +475,20 @@ def export_chat(flags):
 
 def write_sheet(flags):
     """Does this LLM do what section 2.1 asks? A random sample of the rows as a table to read, and means over all."""
-    size, count, sample, chance, sums = flags.limit or 100, 0, [], random.Random(0), [0] * 7
-    for count, (_, _, row) in enumerate(tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS), 1):
+    size, sample, chance, sums = flags.limit or 100, [], random.Random(0), Counter(rows=0)
+    for n, (_, _, row) in enumerate(tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS)):
         cells = [" ".join(row[key].split()) for key in ROW_KEYS]  # no tab or line end
-        words = [re.findall(r"\w+", text.casefold()) for text in cells[1:]]
-        kept = [len({*old} & {*new}) / max(len({*old}), 1) for old, new in itertools.pairwise(words)]
-        sums = [a + b for a, b in zip(sums, (*map(len, words), *kept, kept[1] > 0.8, cells[1] == cells[2]))]
-        if (place := count - 1 if count <= size else chance.randrange(count)) < size:
-            sample[place:place + 1] = [[*cells, round(100 * kept[1])]]
+        t, t1, t2 = words = [re.findall(r"\w+", text.casefold()) for text in cells[1:]]
+        kept_1, kept_2 = (len({*old} & {*new}) / max(len({*old}), 1) for old, new in itertools.pairwise(words))
+        sums.update(rows=1, t=len(t), t1=len(t1), t2=len(t2), kept_1=kept_1, kept_2=kept_2, most=kept_2 > 0.8,
+                    same=cells[1] == cells[2])
+        if (place := n if n < size else chance.randrange(n + 1)) < size:
+            sample[place:place + 1] = [[*cells, round(100 * kept_2)]]
     with atomic_write(flags.sheet) as file:
         csv.writer(file, "excel-tab").writerows([["image_id", "T", "T'", "T''", "% of T' kept in T''"], *sample])
-    print("{:,} rows. Words: T {:.1f}, T' {:.1f}, T'' {:.1f}; of T kept in T' {:.0%}, of T' in T'' {:.0%} (more than "
-          "80% in {:.1%} of the rows); T' is T in {:.1%}".format(count, *(total / max(count, 1) for total in sums)))
+    means = {name: total / max(sums["rows"], 1) for name, total in sums.items()}
+    print(f"{sums['rows']:,} rows. " + "Words: T {t:.1f}, T' {t1:.1f}, T'' {t2:.1f}; of T kept in T' {kept_1:.0%}, of "
+          "T' in T'' {kept_2:.0%} (more than 80% in {most:.1%} of the rows); T' is T in {same:.1%}".format_map(means))
 
 
 def key_value(text):
@@ -497,6 +502,7 @@ def key_value(text):
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     flag, goal = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
+    whole, real = at_least(0), at_least(0, float)
     flag("captions", nargs="+", metavar="CAPTIONS", help=".txt, a caption a line; .tsv with filepath and title; .jsonl "
          "with image_id and caption; img2dataset's .tar; or globs. For an export, rows")
     goal("--output", metavar="ROWS.jsonl", help="the rows; captions that fail go to ROWS.failed.jsonl beside it")
@@ -507,17 +513,17 @@ def parse_args(argv=None):
     flag("--sampling", nargs="+", type=key_value, metavar="KEY=VALUE", help="what a request holds beside model and "
          "messages (default: temperature=1.0 top_p=0.1 max_tokens=512; Appendix A, the last the authors' script)",
          default={"temperature": 1.0, "top_p": 0.1, "max_tokens": 512})
-    flag("--min-words", type=at_least(0), default=2, help="no shorter captions (default: 2, the authors' script)")
-    flag("--max-words", type=at_least(0), default=15, help="no longer captions (default: 15, the authors' script)")
-    flag("--limit", type=at_least(0), default=0, metavar="N", help="first N kept (section 3: 300000; default: 0, all)")
+    flag("--min-words", type=whole, default=2, help="no shorter captions (default: 2, the authors' script)")
+    flag("--max-words", type=whole, default=15, help="no longer captions (default: 15, the authors' script)")
+    flag("--limit", type=whole, default=0, metavar="N", help="first N kept (section 3: 300000; default: 0, all)")
     flag("--shard", default="0/1", metavar="i/n", help="every n-th caption, from the i-th on (default: %(default)s)")
     flag("--retry-failed", action="store_true", help="take up the captions that failed before, and no others")
     flag("--concurrency", type=at_least(1), default=64, metavar="N", help="calls at once (default: %(default)s)")
-    flag("--requests-per-minute", type=float, default=0, metavar="N", help="send no more calls (default: 0, no limit)")
-    flag("--max-retries", type=at_least(0), default=10, metavar="N", help="of a failed call (default: %(default)s)")
-    flag("--timeout", type=float, default=60, metavar="SECONDS", help="of a call (default: 60)")
-    flag("--price-in", type=float, default=0, metavar="USD", help="of a million tokens sent, for the bar (default: 0)")
-    flag("--price-out", type=float, default=0, metavar="USD", help="of a million tokens answered (default: 0)")
+    flag("--requests-per-minute", type=real, default=0, metavar="N", help="send no more calls (default: 0, no limit)")
+    flag("--max-retries", type=whole, default=10, metavar="N", help="of a failed call (default: %(default)s)")
+    flag("--timeout", type=at_least(0.001, float), default=60, metavar="SECONDS", help="of a call (default: 60)")
+    flag("--price-in", type=real, default=0, metavar="USD", help="of a million tokens sent, for the bar (default: 0)")
+    flag("--price-out", type=real, default=0, metavar="USD", help="of a million tokens answered (default: 0)")
     flags = parser.parse_args(argv)
     flags.sampling = dict(flags.sampling)
     shard = re.fullmatch(r"(\d+)/(\d+)", flags.shard)

@@ -350,7 +350,7 @@ def error(status, **keys):
     return Reply(status=status, body=json.dumps({"error": keys}).encode())
 
 STOPPING = {  # answers that no caption will be better with, and what the error's line must say
-    "key": (Reply(status=401, body=f"Incorrect API key provided: {KEY}".encode()), "HTTP 401"),
+    "key": (Reply(status=401, body=f"Incorrect API key provided: {KEY[:14]}***".encode()), "HTTP 401"),
     "credit": (Reply(status=402, body=b"Insufficient Balance"), "HTTP 402"),
     "quota": (Reply(status=429, headers={"Retry-After": "60"}, body=b'{"error": {"code": "insufficient_quota"}}'), "credit"),
     "may not": (Reply(status=403, body=f'{{"error": "{KEY} may not"}}'.encode()), "HTTP 403"),
@@ -369,7 +369,7 @@ def test_what_no_caption_will_be_better_with_stops_the_job_at_once(tmp_path, kin
     with Server(lambda request: reword(request) if request.number < 20 else STOPPING[kind][0]) as server:
         args = (*write_captions(tmp_path, 200), "--concurrency", 4)
         done = run(*args, server=server, cwd=tmp_path, code=2, timeout=20)
-        assert server.count <= 24 and STOPPING[kind][1] in done.error
+        assert server.count <= 24 and STOPPING[kind][1] in done.error and KEY[:14] not in done.err
         rows = lines(tmp_path / "rows.jsonl")
         assert 6 <= len(rows) <= 10 and not lines(tmp_path / "rows.failed.jsonl")
         assert not any(KEY in path.read_text() for path in tmp_path.iterdir())
@@ -390,10 +390,12 @@ def test_the_key_shows_nowhere(tmp_path):
     assert "OPENAI_API_KEY" in done.error and len(done.err.splitlines()) == 1
 
 def test_a_broken_endpoint_does_not_use_up_the_captions(tmp_path):
-    with Server(lambda request: Reply(status=400, body=b"oh no")) as server:
-        done = run(*write_captions(tmp_path, 3000), server=server, cwd=tmp_path, code=2)
-    assert "no chat with 100 captions" in done.error and "oh no" in done.error
-    assert 100 <= len(lines(tmp_path / "rows.failed.jsonl")) < 200
+    write_captions(tmp_path, 3000)
+    for words, reply in {"oh no": Reply(status=400, body=b"oh no"), "finish_reason length": Reply("", "length")}.items():
+        with Server(lambda request, reply=reply: reply) as server:
+            done = run("captions.txt", "--output", f"{words}.jsonl", server=server, cwd=tmp_path, code=2)
+        assert "100 captions failed" in done.error and words in done.error
+        assert len(lines(tmp_path / f"{words}.failed.jsonl")) == 100
     with Server() as server:
         pass  # its port is free again
     args = ("captions.txt", "--output", "new.jsonl")
@@ -454,10 +456,10 @@ def test_ctrl_c(tmp_path):
 def test_a_torn_last_line_is_cut_off(tmp_path):
     """And one that only lacks its end, by an editor, is kept."""
     with Server() as server:
-        args = write_captions(tmp_path, 5)
+        args = write_captions(tmp_path, 5, "a dog {{}} no. {}")
         run(*args, server=server, cwd=tmp_path)
         whole = (tmp_path / "rows.jsonl").read_bytes()
-        for cut, calls in ((-7, 12), (-1, 12), (5, 22)):
+        for cut, calls in ((-7, 12), (whole[:-3].rindex(b"}") + 1, 14), (-1, 14), (5, 24)):
             (tmp_path / "rows.jsonl").write_bytes(whole[:cut])
             run(*args, server=server, cwd=tmp_path)
             assert server.count == calls
