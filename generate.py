@@ -166,7 +166,7 @@ class Endpoint:
             kind = "bad answers" if status == 200 else "failed calls"
             answer, why = self.judge(status, said, source, may_echo)
             if not why:
-                self.answered += 1
+                self.answered, self.trouble = self.answered + 1, ""
                 return answer
             reason = f"{why}: {' '.join(answer.split())[:200]}"
             for pattern, advice in VERDICTS:
