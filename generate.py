@@ -226,9 +226,9 @@ def reading(place):
     """The guard around all that reads a file: what it raises becomes an InputError that names `place` (or place())."""
     try:
         yield
-    except (InputError, FileNotFoundError):  # they say enough
-        raise
     except Exception as error:
+        if isinstance(error, (InputError, FileNotFoundError)):  # they say enough
+            raise
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{place() if callable(place) else place}: can't be read: {said}") from None
 
@@ -282,7 +282,7 @@ def read_rows(patterns, needed=ROW_KEYS, readers=None):
     """Yield (path, byte offset, row) of JSON lines (or as `readers` say, by a name's ending). Raises InputError."""
     for path in expand(patterns):
         place = path
-        with reading(lambda: place):
+        with reading(lambda: place):  # noqa: B023 - the latest is meant
             for place, offset, row in (readers or {}).get(os.path.splitext(path)[1], parsed_lines)(path):
                 texts = [row[key].strip() for key in needed]
                 if not SAFE.fullmatch(row["image_id"]) or needed is ROW_KEYS and not all(texts):
@@ -404,7 +404,7 @@ def work(flags, endpoint, captions, rows, journal, bar):
             try:
                 row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
                 finished.put((row, None))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised below
                 finished.put((row, error))
 
     for row in itertools.islice(captions, flags.concurrency):  # a worker's next comes when its last is written
