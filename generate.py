@@ -163,7 +163,7 @@ class Endpoint:
         while True:
             answered = self.answered
             status, said, pause = self.post(prompt.format(source))
-            kind = "bad answers" if status == 200 else "failed calls"
+            kind, most = ("bad answers", 3) if status == 200 else ("failed calls", self.flags.max_retries)
             answer, why = self.judge(status, said, source, may_echo)
             if not why:
                 self.answered, self.trouble = self.answered + 1, ""
@@ -175,7 +175,7 @@ class Endpoint:
                     raise InputError(f"{self.url}: {advice} ({shown})") if advice else RowFailed(reason)
             # A 429 while others get through is no fault of this caption, and starts its count again.
             self.trouble, tries[kind] = reason, 0 if status == 429 and self.answered > answered else tries[kind] + 1
-            if tries[kind] > (3 if status == 200 else self.flags.max_retries):
+            if tries[kind] > most:
                 error = RowFailed if self.reached else InputError
                 raise error(f"{reason} ({tries[kind]} {kind}; --endpoint: {self.url})")
             delay = min(pause or random.uniform(0, min(60, 2 ** tries[kind])), 86400)  # full jitter
@@ -279,7 +279,7 @@ def parsed_lines(path, parse=json_object):
 
 
 def read_rows(patterns, needed=ROW_KEYS, readers=None):
-    """Yield (path, byte offset, row) of JSON lines (or as `readers` say, by a name's ending). Raises InputError."""
+    """Yield (path, "path:line", byte offset, row) of JSON lines, or as `readers` say by a name's ending."""
     for path in expand(patterns):
         place = path
         with reading(lambda: place):  # noqa: B023 - the latest is meant
@@ -287,7 +287,7 @@ def read_rows(patterns, needed=ROW_KEYS, readers=None):
                 texts = [row[key].strip() for key in needed]
                 if not SAFE.fullmatch(row["image_id"]) or needed is ROW_KEYS and not all(texts):
                     raise ValueError(f"a blank text, or image_id {row['image_id']!r} points out of the image root")
-                yield path, offset, row
+                yield path, place, offset, row
                 place = path  # until the reader has told the next one
 
 
@@ -304,6 +304,11 @@ def tar_files(tar):
         raise ValueError(f"{tar.name} is damaged or cut off at byte {tar.offset:,}")
 
 
+def read_captions(patterns):
+    """What read_rows yields, of captions: files of any kind that READERS has, each row without paraphrases."""
+    return read_rows(patterns, ROW_KEYS[:2], READERS)
+
+
 def text_of(line):
     """The text of a line of bytes, without its end."""
     return line.decode().strip("\ufeff\r\n")
@@ -316,18 +321,17 @@ def read_txt(path):
 
 def read_tsv(path):
     """A quote is CSV's where it opens and closes a whole cell; else, as in 5" lamp, it stands for itself."""
-    columns = 0
+    header = None
     for place, offset, line in parsed_lines(path, text_of):
         cells = line.split("\t")
         if '"' in line:
             with contextlib.suppress(csv.Error):  # a line at a time: no quote swallows the next one
                 cells = next(csv.reader([line], "excel-tab", strict=True))
-        if not columns:
-            columns, i, j = len(cells), cells.index("filepath"), cells.index("title")
-        elif len(cells) == columns:
-            yield place, offset, {"image_id": cells[i], "caption": cells[j]}
-        else:
-            raise InputError(f"{place}: {len(cells)} columns, but the header has {columns}")
+        header = header or cells
+        if len(cells) != len(header) or "filepath" not in header or "title" not in header:
+            raise InputError(f"{place}: must have the header's columns, filepath and title among them")
+        if cells is not header:
+            yield place, offset, {"image_id": cells[header.index("filepath")], "caption": cells[header.index("title")]}
 
 
 def read_tar(path):
@@ -352,9 +356,14 @@ def keys_of(file, needed):
     """The keys of the rows in `file`. A last line that a kill has torn is cut off; one that lacks its end gets it."""
     end = file.seek(0, os.SEEK_END)
     last = os.pread(file.fileno(), LARGEST, max(0, end - LARGEST)).rpartition(b"\n")[2]
-    torn = b'{"image_id":'.startswith(last[:12]) and not re.search(rb'[^\\]"}$', last)  # within a text, " is \"
+    torn = b'{"image_id":'.startswith(last[:12])
+    with contextlib.suppress(ValueError):
+        json.loads(last)
+        torn = False
+    if torn and len(last) < end:
+        next(read_rows([file.name], needed), None)  # raises InputError before the cut, if this is no file of rows
     file.truncate(end - len(last) * torn)
-    keys = {key_of(row) for _, _, row in read_rows([file.name], needed)}
+    keys = {key_of(row) for *_, row in read_rows([file.name], needed)}
     file.write(b"\n" if last and not torn else b"")
     return keys
 
@@ -373,11 +382,13 @@ def append(file, row):
 def plan(flags, done):
     """The keys of the captions that are kept, by one pass before the first paid call."""
     kept, ids, strange, left_out, limit = set(), set(), len(done), 0, flags.limit or sys.maxsize
-    captions = read_rows(flags.captions, ROW_KEYS[:2], READERS)
-    for n, (path, _, row) in enumerate(tqdm(captions, "reading captions", unit="", leave=False, disable=None)):
-        if hash(row["image_id"]) in ids:
-            raise InputError(f'{path}: image_id "{row["image_id"]}" is there twice')
-        ids.add(hash(row["image_id"]))
+    captions = tqdm(read_captions(flags.captions), "reading captions", unit="", leave=False, disable=None)
+    for n, (_, place, _, row) in enumerate(captions):
+        image = row["image_id"]
+        if hash(image) in ids:
+            first = next(first for _, first, _, other in read_captions(flags.captions) if other["image_id"] == image)
+            raise InputError(f'image_id "{image}" is there twice: {first} and {place}')
+        ids.add(hash(image))
         if n % flags.shard[1] == flags.shard[0]:
             strange -= key_of(row) in done
             if not max(flags.min_words, 1) <= len(row["caption"].split()) <= flags.max_words:
@@ -453,7 +464,7 @@ def generate(flags):
         left = plan(flags, done) - done
         todo = left & failed if flags.retry_failed else left - failed
         print(f"{len(done):,} rows stand in {flags.output}; {len(todo):,} captions to do")
-        captions = (row for _, _, row in read_rows(flags.captions, ROW_KEYS[:2], READERS) if key_of(row) in todo)
+        captions = (row for *_, row in read_captions(flags.captions) if key_of(row) in todo)
         with tqdm(total=len(todo), unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
             count = work(flags, endpoint, itertools.islice(captions, len(todo)), rows, journal, bar)
     tokens, new = endpoint.tokens, count["done"] - count["failed"]
@@ -466,7 +477,7 @@ def generate(flags):
 def export_chat(flags):
     """Section 3: each row as two chats, one a step, to instruction-tune a LLaMA that paraphrases the other captions."""
     with atomic_write(flags.export_chat) as file:
-        for _, _, row in tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS):
+        for *_, row in tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS):
             texts = [row[key] for key in ROW_KEYS[1:]]
             for prompt, source, answer in zip(PROMPTS, texts, texts[1:]):
                 chat = [{"role": "user", "content": prompt.format(source)}, {"role": "assistant", "content": answer}]
@@ -476,7 +487,7 @@ def export_chat(flags):
 def write_sheet(flags):
     """Does this LLM do what section 2.1 asks? A random sample of the rows as a table to read, and means over all."""
     size, sample, chance, sums = flags.limit or 100, [], random.Random(0), Counter(rows=0)
-    for n, (_, _, row) in enumerate(tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS)):
+    for n, (*_, row) in enumerate(tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS)):
         cells = [" ".join(row[key].split()) for key in ROW_KEYS]  # no tab or line end
         t, t1, t2 = words = [re.findall(r"\w+", text.casefold()) for text in cells[1:]]
         kept_1, kept_2 = (len({*old} & {*new}) / max(len({*old}), 1) for old, new in itertools.pairwise(words))

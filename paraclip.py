@@ -220,8 +220,8 @@ class Examples:
     def __init__(self, patterns, kinds, tokenizer):
         self.kinds, self.tokenizer, self.features = kinds, tokenizer, None
         files, ids, rows, texts = {}, {}, [], hashlib.sha256()
-        for path, offset, row in tqdm(read_rows(patterns), delay=3, mininterval=BAR_SECONDS, disable=dist.get_rank()):
-            rows.append((files.setdefault(path, len(files)), offset, ids.setdefault(row["image_id"], len(ids))))
+        for path, _, start, row in tqdm(read_rows(patterns), delay=3, mininterval=BAR_SECONDS, disable=dist.get_rank()):
+            rows.append((files.setdefault(path, len(files)), start, ids.setdefault(row["image_id"], len(ids))))
             texts.update("\n".join(row[key] for key in ("image_id", *TEXT_KEYS.values())).encode())
         self.files, self.image_ids, self.checksum = list(files), sorted(ids), texts.hexdigest()
         self.rows = np.array(rows, np.int64).reshape(-1, 3)

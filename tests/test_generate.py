@@ -132,15 +132,15 @@ BAD_INPUTS = {  # the files, the arguments beside --output, what the error's lin
     "no file": ({}, ["none.txt"], ["none.txt"]),
     "suffix": ({"a.csv": "x"}, ["a.csv"], ["a.csv", ".tsv"]),
     "not UTF-8": ({"a.txt": b"a dog\n\xff\xfe dog\n"}, ["a.txt"], ["a.txt:2", "utf-8"]),
-    "header": ({"a.tsv": "x\ty\n1\t2\n"}, ["a.tsv"], ["a.tsv", "filepath"]),
-    "columns": ({"a.tsv": "filepath\ttitle\n1\ta dog\n2\n"}, ["a.tsv"], ["a.tsv:3", "columns"]),
+    "header": ({"a.tsv": "x\ty\n1\t2\n"}, ["a.tsv"], ["a.tsv:1", "filepath", "title"]),
+    "columns": ({"a.tsv": "filepath\ttitle\n1\ta dog\n2\n"}, ["a.tsv"], ["a.tsv:3", "column"]),
     "not JSON": ({"a.jsonl": '{"image_id": "1", "caption": "a dog"}\n{\n'}, ["a.jsonl"], ["a.jsonl:2", "JSON"]),
     "id out of the root": ({"a.jsonl": '{"image_id": "../1", "caption": "a dog"}\n'}, ["a.jsonl"], ["a.jsonl:1", "image_id"]),
     "cut tar": ({"a.tar": tar({"1.txt": b"a dog", "2.jpg": b"x" * 20_000})[:9000]}, ["a.tar"], ["a.tar"]),
     "cut between two": ({"a.tar": tar(SAMPLES)[:21 * 1024]}, ["a.tar"], ["a.tar", "cut off"]),
     "damaged header": ({"a.tar": HEADER}, ["a.tar"], ["a.tar", "damaged"]),
     "nothing kept": ({"a.txt": "dog\n" + "w " * 20 + "\n"}, ["a.txt"], ["a.txt", "no caption"]),
-    "twice in a file": ({"a.tsv": "filepath\ttitle\n1\ta dog\n2\tb dog\n1\tc dog\n"}, ["a.tsv"], ["a.tsv", '"1" is there twice']),
+    "twice in a file": ({"a.tsv": "filepath\ttitle\n1\ta dog\n2\tb dog\n1\tc dog\n"}, ["a.tsv"], ["a.tsv:2", "a.tsv:4"]),
     "shard": ({"a.txt": "a dog\n"}, ["a.txt", "--shard", "2/2"], ["--shard"]),
     "sampling": ({"a.txt": "a dog\n"}, ["a.txt", "--sampling", "seed"], ["--sampling"]),
     "unknown flag": ({"a.txt": "a dog\n"}, ["a.txt", "--retries", "1"], ["--retries"]),
@@ -269,8 +269,8 @@ def test_retry_failed_takes_just_those(tmp_path):
 # ---------------------------------------------------------------- a server in trouble
 def test_transient_failures_are_tried_again(tmp_path):
     troubles = [Reply(status=status, body=b"busy") for status in (500, 502, 503, 504, 408, 409, 429)]
-    odd = ("soon", "1.5", "-1", "9" * 5000, "Wed, 21 Oct 99999999 07:28:00 GMT")
-    troubles += [Reply(status=500, headers={"Retry-After": value}) for value in odd]
+    for odd in ("soon", "1.5", "-1", "9" * 5000, "Wed, 21 Oct 99999999 07:28:00 GMT"):
+        troubles.append(Reply(status=500, headers={"Retry-After": odd}))
     troubles += [Reply("x" * 999, reset=True), Reply("late", delay=3), Reply("trickled", trickle=0.3)]
     seen = set()
     def answer(request):
@@ -291,7 +291,7 @@ def test_what_lasts_fails_alone(tmp_path):
            "5": error(403, code=403, message=flagged)}
     with Server(lambda request: bad.get(request.source.split()[-1]) or reword(request)) as server:
         args = write_captions(tmp_path, 6)
-        run(*args, "--max-retries", 2, server=server, jitter=0.01, cwd=tmp_path, code=1)
+        run(*args, "--max-retries", 2, "--concurrency", 1, server=server, jitter=0.01, cwd=tmp_path, code=1)
     failed = {row["image_id"]: row["reason"] for row in lines(tmp_path / "rows.failed.jsonl")}
     assert {image_id: int(reason.split()[1].strip(":")) for image_id, reason in failed.items()} == {
         image_id: reply.status for image_id, reply in bad.items()}
@@ -470,14 +470,15 @@ def test_what_is_no_output_of_this_job_is_left_alone(tmp_path):
         args = write_captions(tmp_path, 4)
         run(*args, server=server, cwd=tmp_path)
         texts = {"package.json": '{"name": "my-package"}', "prose.txt": "Dear all,\nkeep this", "torn.jsonl": '{"name": "my',
-                 "one.jsonl": '{"image_id": "1", "caption": "a dog here"}', "other.tsv": "filepath\ttitle\nx/1\ta red cat\n",
-                 "edited.txt": "another dog\n" + "a small dog\n" * 3, "rows.jsonl": (tmp_path / "rows.jsonl").read_text()}
+                 "one.jsonl": '{"image_id": "1", "caption": "a dog", "n": 5}', "cut.jsonl": '{"image_id": "1"}\n{"image_id": "2',
+                 "other.tsv": "filepath\ttitle\nx/1\ta red cat\n", "edited.txt": "another dog\n" + "a small dog\n" * 3, "rows.jsonl": (tmp_path / "rows.jsonl").read_text()}
         for name, text in texts.items():
             (tmp_path / name).write_text(text)
         (tmp_path / "link.jsonl").symlink_to("one.jsonl")
         for command in ("captions.txt --output package.json", "captions.txt --output prose.txt", "captions.txt --output torn.jsonl",
                         "captions.txt --output one.jsonl", "one.jsonl --output one.jsonl", "one.jsonl --output link.jsonl",
-                        "captions.txt --output captions.txt", "captions.txt --output .", "other.tsv --output rows.jsonl",
+                        "captions.txt --output captions.txt", "captions.txt --output .", "captions.txt --output cut.jsonl",
+                        "other.tsv --output rows.jsonl",
                         "edited.txt --output rows.jsonl --limit 1", "captions.txt --output rows.jsonl --shard 0/2",
                         "rows.jsonl --export-chat rows.jsonl", "rows.jsonl --sheet rows.jsonl", "rows.jsonl --sheet /dev/null",
                         "captions.txt --output /dev/full"):
