@@ -1,15 +1,20 @@
-"""ParaCLIP, sections 2.2 and 3: fine-tune a CLIP text encoder on two-step paraphrases, the image encoder frozen.
+"""ParaCLIP, sections 2.2 and 3: fine-tune CLIP's text encoder, with its image encoder frozen.
 
-    L_total = L1(X_I, X_T'') + L2(X_T, X_T') + L3(X_T', X_T'')        each an InfoNCE loss over the global batch
+    L_total = L1(X_I, X_T'') + L2(X_T, X_T') + L3(X_T', X_T'')        each an InfoNCE loss
 
-One process, on a CPU or a GPU:
-    python paraclip.py --rows rows.jsonl --images images/ --model openai --output runs/openai --batch-size 256
+On one CPU or GPU:
+    python paraclip.py --rows rows.jsonl --images images/ --output runs/mine --batch-size 256
 The paper's run, 5M rows on 8 GPUs:
-    torchrun --standalone --nproc_per_node 8 paraclip.py --rows 'rows/*.jsonl' --images laion/ --output runs/openai
-The same command resumes a stopped run; its --output is an open_clip model, local-dir:runs/openai.
+    torchrun --standalone --nproc_per_node 8 paraclip.py --rows 'rows/*.jsonl' --images laion/ \\
+        --model openai --output runs/openai
+The same command resumes a stopped run. Its --output is an open_clip model: local-dir:runs/openai
 """
 
+import argparse
+import contextlib
+import dataclasses
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -18,10 +23,11 @@ import logging
 import math
 import os
 import subprocess
+import sys
 import tarfile
 import time
+import uuid
 import warnings
-from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 
 import numpy as np
 import open_clip
@@ -34,53 +40,80 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
-from generate import BAR_SECONDS, InputError, at_least, atomic_write, json_object, read_rows, reading, run, tar_files
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # this rank's
-DTYPE = "bf16" if torch.cuda.is_available() else "fp32"
-TERMS = [f"{a}:{b}" for a, b in itertools.permutations(("I", "T", "T1", "T2"), 2)]
+PAPER_TERMS = {"L1": "I:T", "L1'": "I:T1", "L1''": "I:T2", "L2": "T:T1", "L3": "T1:T2"}  # Table 2
+PARACLIP = ["I:T2", "T:T1", "T1:T2"]  # L1'' + L2 + L3: the method itself
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
-    add, default = parser.add_argument, " (default: %(default)s)"
-    add("--rows", nargs="+", required=True, metavar="JSONL", help="files of generate.py, paths or globs")
-    add("--images", default="", metavar="DIR", help="images or img2dataset's .tar shards; image_id: path below it")
-    add("--model", default="openai", help="openai, openclip-400m, openclip-2b, openclip-roberta, laclip (section 3.1); "
-        "MODEL:TAG, MODEL:FILE or MODEL:random of open_clip; local-dir:DIR or a run directory" + default)
-    add("--output", required=True, metavar="DIR", help="run directory; a run that is there is resumed")
-    add("--loss", nargs="+", default=["I:T2", "T:T1", "T1:T2"], choices=TERMS, metavar="A:B",
-        help="terms; Table 2's are L1 I:T, L1' I:T1, L1'' I:T2, L2 T:T1, L3 T1:T2" + default)
-    add("--batch-size", type=at_least(1), default=3072, help="examples a step, over all ranks: Appendix A" + default)
-    add("--epochs", type=at_least(1), default=1, help="passes over the rows: Appendix A" + default)
-    add("--lr", type=at_least(0, float), default=5e-7, help="annealed to zero by a cosine: Appendix A" + default)
-    add("--weight-decay", type=at_least(0, float), default=0.001, help="AdamW's, on matrices: Appendix A" + default)
-    add("--precision", default=DTYPE, choices=["bf16", "fp32"], help="of the text tower's products: ours" + default)
-    add("--seed", type=int, default=0, help="of the order of the rows: ours" + default)
-    add("--micro-batch", type=at_least(0), default=0, help="texts encoded at once, to bound memory; 0: all" + default)
-    add("--features", default="", metavar="DIR", help="cache of image features for all runs (default: OUTPUT/features)")
-    add("--max-bad-images", type=at_least(0, float), default=0.01, help="share that may be unreadable" + default)
-    add("--save-every", type=at_least(1), default=500, help="steps between two saved states" + default)
-    add("--workers", type=at_least(0), default=min(CORES, 16), help="that decode and tokenise, a rank" + default)
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    paper_terms = ", ".join(f"{name} is {term}" for name, term in PAPER_TERMS.items())
+    possible_terms = [f"{a}:{b}" for a, b in itertools.permutations(("I", *TEXT_KEYS), 2)]
+    add("--rows", nargs="+", required=True, metavar="JSONL", help="files of generate.py, or globs")
+    add("--images", metavar="DIR", help="folder of images, or of img2dataset's .tar shards")
+    add("--model", default="openai",
+        help=f"a baseline of section 3.1: {', '.join(BASELINES)}; open_clip's MODEL:TAG, MODEL:FILE "
+        "or MODEL:random; a run directory; another local-dir:DIR (default: %(default)s)")
+    add("--output", required=True, metavar="DIR", help="run directory; a run in it is resumed")
+    add("--loss", nargs="+", default=PARACLIP, choices=possible_terms, metavar="A:B",
+        help=f"terms of the loss; the paper's {paper_terms} (default: I:T2 T:T1 T1:T2)")
+    add("--batch-size", type=at_least(1), default=3072, metavar="ROWS",
+        help="rows of a step, over all ranks; Appendix A (default: %(default)s)")
+    add("--epochs", type=at_least(1), default=1, metavar="N",
+        help="passes over the rows; Appendix A (default: %(default)s)")
+    add("--lr", type=at_least(0, float), default=5e-7, metavar="RATE",
+        help="learning rate of the first step; Appendix A (default: %(default)s)")
+    add("--weight-decay", type=at_least(0, float), default=0.001, metavar="RATE",
+        help="AdamW's; Appendix A (default: %(default)s)")
+    add("--precision", choices=["bf16", "fp32"],
+        default="bf16" if torch.cuda.is_available() else "fp32",
+        help="of the text tower's products; not stated, ours (default: %(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N",
+        help="decides the order of the rows; ours (default: %(default)s)")
+    add("--micro-batch", type=at_least(0), default=0, metavar="TEXTS",
+        help="texts encoded at once, to bound memory; 0 is all (default: %(default)s)")
+    add("--features", metavar="DIR",
+        help="cache of image features, which many runs may share (default: OUTPUT/features)")
+    add("--max-bad-images", type=at_least(0, float), default=0.01, metavar="SHARE",
+        help="share of the images that may be unreadable (default: %(default)s)")
+    add("--save-every", type=at_least(1), default=500, metavar="STEPS",
+        help="steps between two saved states (default: %(default)s)")
+    add("--workers", type=at_least(0), default=min(cores(), 16), metavar="N",
+        help="processes a rank that decode images and tokenise texts (default: %(default)s)")
+
+    args = parser.parse_args(argv)
+    if len({frozenset(term.split(":")) for term in args.loss}) < len(args.loss):
+        parser.error("argument --loss: the same term is there twice; name each term once")
+    args.features = args.features or os.path.join(args.output, "features")
+    return args
 
 
-# ---------------------------------------------------------------- losses, section 2.2
-#   paper             | here                     | shape
-#   X_I               | features["I"]            | [N, D], the image tower's, frozen
-#   X_T, X_T', X_T''  | features["T" "T1" "T2"]  | [N, D], the text tower's
-#   N                 | --batch-size             | examples over all ranks
-#   1 / temperature   | logit_scale              | scalar, the model's own, trains (not stated; ours)
+# ------------------------------------------------------------------ the losses of section 2.2
+#   paper             | here                              | shape and meaning
+#   X_I               | features["I"]                     | [N, D], image tower, frozen
+#   X_T, X_T', X_T''  | features["T"], ["T1"], ["T2"]     | [N, D], text tower, trained
+#   N                 | --batch-size                      | rows of a step, over all ranks
+#   1 / temperature   | logit_scale                       | the model's own, trained (ours)
+#   L_total           | loss = sum(terms.values())        | in train()
 TEXT_KEYS = {"T": "caption", "T1": "paraphrase_1", "T2": "paraphrase_2"}
 
 
+def kinds_of(loss):
+    """Which of I, T, T1, T2 the terms of a loss name, sorted."""
+    return sorted({kind for term in loss for kind in term.split(":")})
+
+
 def info_nce(a, b, logit_scale, own=slice(None)):
-    """The symmetric InfoNCE loss of N pairs; all else in the batch are negatives (section 2.2; CLIP's form is ours).
+    """The symmetric InfoNCE loss of N pairs (a_i, b_i); CLIP's form, the paper names none.
 
-        1/2N * sum over i of [-log softmax_j(s * a_i.b_j)[i] - log softmax_j(s * b_i.a_j)[i]]
+        1/2N * sum over i of [-log softmax_j(s * a_i . b_j)[i] - log softmax_j(s * b_i . a_j)[i]]
 
-    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `own`, the share of those i's in the sum.
+    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `own`, only the i in
+    that slice are summed up: a rank's share of the loss.
     """
     targets = torch.arange(len(a), device=a.device)[own]
     a_to_b = F.cross_entropy(logit_scale * a[own] @ b.T, targets, reduction="sum")
@@ -89,389 +122,954 @@ def info_nce(a, b, logit_scale, own=slice(None)):
 
 
 class Gather(torch.autograd.Function):
-    """[n, D] of each rank -> [N, D] on every rank, in rank order. Backward: a rank's rows get all ranks' gradients."""
+    """[n, D] on each rank -> [N, D] on every rank, in the order of the ranks.
+
+    All ranks use a rank's rows, so its gradient [n, D] is the sum of theirs.
+    """
+
     @staticmethod
     def forward(ctx, features):
-        everyones = features.new_empty(dist.get_world_size() * len(features), features.shape[1])
-        dist.all_gather(list(everyones.chunk(dist.get_world_size())), features.contiguous())
-        return everyones
+        ranks = dist.get_world_size()
+        gathered = features.new_empty(ranks * len(features), features.shape[1])
+        dist.all_gather(list(gathered.chunk(ranks)), features.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # not ours to change in place
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def loss_terms(encoder, tokens, image_features, pairs):
-    """L_total of section 2.2 as its terms, {"I:T2": scalar, ...}: this rank's share of each, over the global batch.
+def loss_terms(encoder, tokens, image_features, loss):
+    """This rank's share of each term of the loss, {"I:T2": scalar, ...}, see info_nce.
 
-    tokens: {"T": [n, 77], ...} for each text kind in `pairs`, image_features [n, D]: this rank's n of the N examples.
+    tokens: {"T": [n, 77], ...}, each kind of text that `loss` names; image_features: [n, D], or
+    None if it names no I. They are this rank's n of the N rows. The shares of all ranks add up
+    to the loss over the N rows.
     """
-    text_features, logit_scale = encoder(torch.cat(list(tokens.values())))  # every kind in one call
-    features = dict(zip(tokens, text_features.chunk(len(tokens))))
-    features["I"] = image_features.to(text_features)
-    features = {kind: Gather.apply(features[kind]) for kind in dict.fromkeys(itertools.chain(*pairs))}
-    own = slice(dist.get_rank() * len(image_features), (dist.get_rank() + 1) * len(image_features))
-    return {f"{a}:{b}": checkpoint(info_nce, features[a], features[b], logit_scale, own, use_reentrant=False)
-            for a, b in pairs}  # checkpoint: the n x N matrices of one term are held at a time, in backward too
+    text_features, logit_scale = encoder(torch.cat(list(tokens.values())))
+    n = len(text_features) // len(tokens)
+
+    features = {}
+    for kind, kind_features in zip(tokens, text_features.split(n)):
+        features[kind] = Gather.apply(kind_features)
+    if image_features is not None:
+        features["I"] = Gather.apply(image_features.to(text_features))
+
+    first = n * dist.get_rank()
+    own = slice(first, first + n)
+    terms = {}
+    for term in loss:
+        a, b = term.split(":")
+        # checkpoint: one n x N matrix of similarities is in memory at a time, not all of them
+        terms[term] = checkpoint(
+            info_nce, features[a], features[b], logit_scale, own, use_reentrant=False
+        )
+    return terms
 
 
 class TextEncoder(torch.nn.Module):
-    """CLIP's text tower and logit scale: all that trains, and what DistributedDataParallel wraps."""
+    """CLIP's text tower and logit scale, which train. load_model() has frozen the image tower.
+
+    clip: an open_clip model. micro_batch: texts encoded at once, 0 for all. bf16: products in
+    bfloat16, under autocast. It is what DistributedDataParallel wraps.
+    """
+
     def __init__(self, clip, micro_batch=0, bf16=False):
         super().__init__()
-        self.clip, self.micro_batch, self.bf16 = clip, micro_batch, bf16
-        self.tower = getattr(clip, "text", clip)  # CustomTextCLIP's is apart, CLIP's is the model itself
+        self.clip = clip
+        self.micro_batch = micro_batch
+        self.bf16 = bf16
+        self.tower = getattr(clip, "text", clip)  # a CLIP is its own text tower
         self.huggingface = isinstance(self.tower, open_clip.hf_model.HFTextEncoder)
 
     def forward(self, tokens):
-        """tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and the logit scale (a factor, not a log).
+        """Tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and logit_scale.
 
-        Sorted by length and encoded in chunks, each cut to its longest text: the shorter half, half of the rest, ...
-        With micro_batch=N, chunks of N texts keep only their features; backward encodes them again (GradCache): exact.
+        The texts are sorted by length and encoded in chunks, each cut to its longest text. With
+        a micro_batch only a chunk's features are kept, and backward encodes it again.
         """
+        device = self.clip.logit_scale.device
         lengths, order = self.lengths(tokens).sort()
-        n, device = len(tokens), self.clip.logit_scale.device
-        ends = range(self.micro_batch, n, self.micro_batch) if self.micro_batch else [n - (n >> i) for i in range(1, 6)]
-        chunks = zip(tokens[order].to(device).tensor_split(list(ends)), lengths.tensor_split(list(ends)))
-        encode = functools.partial(checkpoint, self.encode, use_reentrant=False) if self.micro_batch else self.encode
-        text_features = torch.cat([encode(chunk[:, : longest[-1]]) for chunk, longest in chunks if len(chunk)])
-        return text_features[order.argsort().to(device)], self.clip.logit_scale.exp()
+        tokens = tokens[order].to(device)
+        smallest = 512 if device.type == "cuda" else 32
+        size = self.micro_batch or max(smallest, len(tokens) // 16)
+
+        features = []
+        for chunk, chunk_lengths in zip(tokens.split(size), lengths.split(size)):
+            chunk = chunk[:, : chunk_lengths[-1]]
+            if self.micro_batch:
+                features.append(checkpoint(self.encode, chunk, use_reentrant=False))
+            else:
+                features.append(self.encode(chunk))
+        in_their_order = order.argsort().to(device)
+        return torch.cat(features)[in_their_order], self.clip.logit_scale.exp()
 
     def lengths(self, tokens):
-        """How many tokens of each text [n, 77] can reach its feature: [n]. Those after them may be cut off."""
-        if self.huggingface:  # RoBERTa's attention mask leaves out padding
+        """How many tokens of each text [n, 77] can reach its feature, [n]: the rest is cut off."""
+        if self.huggingface:  # RoBERTa's attention mask leaves padding out
             return (tokens != self.tower.config.pad_token_id).sum(1)
         pool = getattr(self.tower, "text_pool_type", getattr(self.tower, "pool_type", ""))
-        if pool == "argmax" and self.tower.attn_mask is not None:  # CLIP's is causal, and pooled at the end token
-            return tokens.argmax(1) + 1
+        if pool == "argmax" and self.tower.attn_mask is not None:
+            return tokens.argmax(1) + 1  # CLIP's is causal, and pooled at the end token
         return torch.full((len(tokens),), tokens.shape[1])
 
     def encode(self, tokens):
-        """tokens [n, L], L <= 77 -> [n, D]: open_clip's own forward with positions and causal mask cut to L."""
-        length, cut = tokens.shape[1], {}
-        if not self.huggingface and length < len(self.tower.positional_embedding):
-            at = "" if self.tower is self.clip else "text."
-            cut = {at + "positional_embedding": self.tower.positional_embedding[:length],
-                   at + "attn_mask": self.tower.attn_mask[:length, :length]}
+        """Tokens [n, L], L <= 77 -> [n, D] by open_clip's own forward.
+
+        CLIP's positions and causal mask are cut to L, RoBERTa cuts its own.
+        """
+        length = tokens.shape[1]
+        cut = {}
+        if not self.huggingface and length < self.tower.context_length:
+            prefix = "" if self.tower is self.clip else "text."
+            cut[prefix + "positional_embedding"] = self.tower.positional_embedding[:length]
+            cut[prefix + "attn_mask"] = self.tower.attn_mask[:length, :length]
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            _, features, *_ = torch.func.functional_call(self.clip, cut, kwargs={"text": tokens}, tie_weights=False)
-        return F.normalize(features.to(self.clip.logit_scale), dim=-1)  # once more: bf16 has normalised coarsely
+            _, features, *_ = torch.func.functional_call(
+                self.clip, cut, kwargs={"text": tokens}, tie_weights=False
+            )
+        return F.normalize(features.to(self.clip.logit_scale), dim=-1)  # again: bf16 is coarse
 
 
-def make_optimizer(encoder, args):
-    """AdamW over all that trains; not stated and ours: open_clip's betas and eps, no decay on gains and biases."""
-    trained = [p for p in encoder.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]  # the logit scale too
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=trained[0].is_cuda)
+def make_optimizer(model, lr, weight_decay):
+    """AdamW over all of `model` that trains. Ours: open_clip's betas and eps, and what decays."""
+    matrices = []
+    gains_and_biases = []  # and the logit scale
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.ndim >= 2:
+            matrices.append(parameter)
+        elif parameter.requires_grad:
+            gains_and_biases.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": gains_and_biases, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=matrices[0].is_cuda)
 
 
-def batches(count, args, first_step):
-    """This rank's [n] rows of each global batch, a slice of one seeded permutation an epoch: the same for any ranks."""
-    rank, n = dist.get_rank(), args.batch_size // dist.get_world_size()
-    for step in range(first_step, args.epochs * (count // args.batch_size)):
-        epoch, b = divmod(step, count // args.batch_size)
-        if b == 0 or step == first_step:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed + epoch)).numpy()
-        yield order[b * args.batch_size :][rank * n : (rank + 1) * n]
+def cosine_lr(lr, step, steps):
+    """Appendix A's cosine annealing, from lr to zero. No warm-up: the paper names none."""
+    return lr * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def batches(count, batch_size, epochs, seed):
+    """Yield this rank's rows [n] of each step; together the ranks have the same N for any n.
+
+    Each epoch is a permutation of the `count` rows; its last, short batch is left out.
+    """
+    n = batch_size // dist.get_world_size()
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        for batch in range(count // batch_size):
+            first = batch * batch_size + dist.get_rank() * n
+            yield order[first : first + n]
 
 
 def train(encoder, optimizer, examples, steps, first_step, args):
-    """Steps first_step ... steps - 1 on every rank. Raises InputError at a loss that is not finite."""
-    rank, world, started = dist.get_rank(), dist.get_world_size(), time.monotonic()
-    pairs, logit_scale = [term.split(":") for term in args.loss], encoder.clip.logit_scale
+    """The loop, from first_step to the last of `steps`. Raises InputError at an infinite loss."""
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    logit_scale = encoder.clip.logit_scale
+    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     parallel = torch.nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)
-    loader = DataLoader(examples, batch_size=None, sampler=list(batches(len(examples.rows), args, first_step)),
-                        num_workers=args.workers, multiprocessing_context="fork" if args.workers else None)
-    bar = tqdm(loader, "training", steps, unit="step", initial=first_step, mininterval=BAR_SECONDS, disable=rank > 0)
+    rows = batches(len(examples), args.batch_size, args.epochs, args.seed)
+    rows = itertools.islice(rows, first_step, None)
+    loader = load_in_workers(examples, args.workers, batch_size=None, sampler=rows)
+    bar = progress(loader, "training", steps, unit="step", initial=first_step)
+    started = time.monotonic()
+
     for step, (tokens, image_features) in enumerate(bar, first_step):
-        lr = args.lr * (1 + math.cos(math.pi * step / steps)) / 2  # Appendix A's cosine; no warm-up: ours
+        lr = cosine_lr(args.lr, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        terms = loss_terms(parallel, tokens, image_features, pairs)
-        (world * sum(terms.values())).backward()  # DDP sends while it runs, and takes the mean: shares want the sum
+        terms = loss_terms(parallel, tokens, image_features, args.loss)
+        loss = sum(terms.values())  # L_total: this rank's share of it
+        (world * loss).backward()  # DDP averages the ranks' gradients: world makes it their sum
 
         values = torch.stack(list(terms.values())).detach()
         dist.all_reduce(values)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
-        entry = {"step": step, "loss": values.sum().item(), "terms": dict(zip(terms, values.tolist())), "lr": lr,
-                 "logit_scale": logit_scale.exp().item(), "grad_norm": grad_norm.item()}  # before the update
+        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        entry = {
+            "step": step,
+            "loss": values.sum().item(),
+            "terms": dict(zip(terms, values.tolist())),
+            "lr": lr,
+            "logit_scale": logit_scale.exp().item(),
+            "grad_norm": grad_norm.item(),
+        }
         if not math.isfinite(entry["loss"] + entry["grad_norm"]):
-            raise InputError(f"step {step}: loss {entry['loss']:.4g}, gradient {entry['grad_norm']:.4g}: not finite; "
-                             f"{args.output}/state.pt, if there, is the last good state")
+            raise InputError(
+                f"step {step}: the loss {entry['loss']:.4g} or its gradient "
+                f"{entry['grad_norm']:.4g} is not finite; try a lower --lr, or --precision fp32. "
+                f"{args.output}/state.pt, if there, is the last good state"
+            )
         optimizer.step()
         optimizer.zero_grad()
-        logit_scale.data.clamp_(0, math.log(100))  # as CLIP's
+        logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
+
         if rank == 0:
-            seconds = (time.monotonic() - started) / (step + 1 - first_step)  # a step
-            entry.update(examples_per_s=args.batch_size / seconds, eta_s=(steps - step - 1) * seconds)
-            with open(os.path.join(args.output, "log.jsonl"), "a") as log:
+            seconds_a_step = (time.monotonic() - started) / (step + 1 - first_step)
+            entry["examples_per_s"] = args.batch_size / seconds_a_step
+            entry["eta_s"] = (steps - step - 1) * seconds_a_step
+            with open(os.path.join(args.output, "log.jsonl"), "a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")
             bar.set_postfix({"loss": entry["loss"], **entry["terms"]}, refresh=False)
             if (step + 1) % args.save_every == 0 or step + 1 == steps:
                 save_state(encoder, optimizer, step + 1, args)
 
 
-class Examples:
-    """The rows that training uses: of each its file, its byte offset and the place of its image in `image_ids`."""
-    def __init__(self, patterns, kinds, tokenizer):
-        self.kinds, self.tokenizer, self.features = kinds, tokenizer, None
-        files, ids, rows, texts = {}, {}, [], hashlib.sha256()
-        for path, _, start, row in tqdm(read_rows(patterns), delay=3, mininterval=BAR_SECONDS, disable=dist.get_rank()):
-            rows.append((files.setdefault(path, len(files)), start, ids.setdefault(row["image_id"], len(ids))))
-            texts.update("\n".join(row[key] for key in ("image_id", *TEXT_KEYS.values())).encode())
-        self.files, self.image_ids, self.checksum = list(files), sorted(ids), texts.hexdigest()
-        self.rows = np.array(rows, np.int64).reshape(-1, 3)
-        self.rows[:, 2] = np.argsort([ids[image_id] for image_id in self.image_ids])[self.rows[:, 2]]
+# ------------------------------------------------------------------ the rows of generate.py
+
+
+@dataclasses.dataclass
+class Rows:
+    """Where the rows are: their texts stay on the disk until a step needs them."""
+
+    files: list  # paths
+    places: np.ndarray  # [rows, 3]: index in files, byte offset in the file, index in image_ids
+    image_ids: list  # each once, sorted
+    checksum: str  # SHA-256 of what the rows say, in their order
+
+
+def read_rows(patterns):
+    """Find the rows in files, each file read once. Raises InputError at file:line."""
+    files = find_files(patterns)
+    file_indices = []
+    offsets = []
+    image_ids = []
+    digest = hashlib.sha256()
+    for file_index, path in enumerate(files):
+        rows = progress(read_jsonl(path, parse_row), f"reading {path}", delay=3, leave=False)
+        for offset, row in rows:
+            file_indices.append(file_index)
+            offsets.append(offset)
+            image_ids.append(row["image_id"])
+            texts = [row["image_id"], row["caption"], row["paraphrase_1"], row["paraphrase_2"]]
+            digest.update("\n".join(texts).encode())
+    distinct_ids = sorted(set(image_ids))
+    place = {image_id: index for index, image_id in enumerate(distinct_ids)}
+    image_indices = [place[image_id] for image_id in image_ids]
+    places = np.array([file_indices, offsets, image_indices], np.int64).T
+    return Rows(files, places, distinct_ids, digest.hexdigest())
+
+
+def parse_row(line):
+    """A row of generate.py from a line of JSON. Raises ValueError."""
+    row = json.loads(line)
+    if type(row["image_id"]) is int:
+        row["image_id"] = str(row["image_id"])
+    for key in ("image_id", "caption", "paraphrase_1", "paraphrase_2"):
+        text = row.get(key)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'"{key}" is missing, blank or no text')
+        row[key] = text.encode("utf-8", "replace").decode()  # half an emoji becomes "?"
+    folders = row["image_id"].split("/")
+    if folders[0] == "" or ".." in folders or "\\" in row["image_id"] or "\0" in row["image_id"]:
+        raise ValueError(f'image_id "{row["image_id"]}" points out of the folder of images')
+    return row
+
+
+class Examples(torch.utils.data.Dataset):
+    """What a step needs of the rows. kinds: the texts that the loss names, of T, T1 and T2.
+
+    image_features: the slices of cache_image_features(), or None if the loss names no I.
+    """
+
+    def __init__(self, rows, kinds, tokenizer, image_features):
+        self.rows = rows
+        self.kinds = kinds
+        self.tokenizer = tokenizer
+        self.image_features = image_features
+
+    def __len__(self):
+        return len(self.rows.places)
 
     def __getitem__(self, batch):
-        """batch: [n] indices -> ({kind: tokens [n, 77]}, image features [n, D]; D is 0 where no term names I)."""
-        rows, features = [], torch.empty(len(batch), 0)
-        for file, offset, _ in self.rows[batch]:
-            with open(self.files[file], "rb") as lines:
-                lines.seek(offset)
-                rows.append(json_object(lines.readline()))
-        if self.features:
-            slices, places = np.divmod(self.rows[batch, 2], len(self.features[0]))
-            features = torch.stack([self.features[i][j] for i, j in zip(slices, places)])
-        return {kind: self.tokenizer([row[TEXT_KEYS[kind]] for row in rows]) for kind in self.kinds}, features
+        """Indices [n] -> {kind: tokens [n, 77]} and image features [n, D] or None."""
+        texts = {kind: [] for kind in self.kinds}
+        features = []
+        for file_index, offset, image_index in self.rows.places[batch]:
+            with open(self.rows.files[file_index], "rb") as file:
+                file.seek(offset)
+                row = parse_row(file.readline())
+            for kind in self.kinds:
+                texts[kind].append(row[TEXT_KEYS[kind]])
+            if self.image_features:
+                slice_index, index = divmod(image_index, len(self.image_features[0]))
+                features.append(self.image_features[slice_index][index])
+        tokens = {kind: self.tokenizer(texts[kind]) for kind in self.kinds}
+        return tokens, torch.stack(features) if features else None
 
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", "")
-SLICE = 8192  # images a file of the cache, at most
-warnings.filterwarnings("ignore", module="PIL")  # remarks on odd but readable images
+# ------------------------------------------------------------------ images, and their features
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", ".WEBP", "")
+SLICE = 8192  # images whose features are in one file of the cache, at most
+
+
+def open_image(root, image_id):
+    """The PIL image of a row: a file below `root`, or a member of an img2dataset shard.
+
+    Both are the id and one of EXTENSIONS; of "00000/000000012.jpg" the shard is 00000.tar.
+    """
+    for extension in EXTENSIONS:
+        path = os.path.join(root, image_id + extension)
+        if os.path.isfile(path):
+            return Image.open(path)
+    folders = image_id.split("/")
+    for depth in range(1, len(folders)):
+        shard = os.path.join(root, *folders[:depth]) + ".tar"
+        if os.path.isfile(shard):
+            tar, members = open_shard(shard)
+            for extension in EXTENSIONS:
+                member = members.get("/".join(folders[depth:]) + extension)
+                if member:
+                    return Image.open(tar.extractfile(member))
+    raise FileNotFoundError(f"there is no {os.path.join(root, image_id)} with .jpg, .jpeg, .png "
+                            "or .webp, and no .tar shard that holds it")
 
 
 @functools.lru_cache(maxsize=2)
 def open_shard(path):
-    """{member name: a function that opens the member} of a tar file."""
-    tar = tarfile.open(path, "r:")  # noqa: SIM115 - stays open
-    return {member.name.removeprefix("./"): functools.partial(tar.extractfile, member) for member in tar_files(tar)}
-
-
-def open_image(root, image_id):
-    """The PIL image of a row: a file below `root`, or a member of the tar shard that the id begins with."""
-    for name in [image_id + extension for extension in EXTENSIONS]:
-        if os.path.isfile(path := os.path.join(root, name)):
-            return Image.open(path)
-        for i in [i for i, letter in enumerate(name) if letter == "/"]:
-            if os.path.isfile(path := os.path.join(root, name[:i] + ".tar")) and name[i + 1 :] in open_shard(path):
-                return Image.open(open_shard(path)[name[i + 1 :]]())
-    raise FileNotFoundError(f"no {os.path.join(root, image_id)}.jpg (.jpeg, .png, .webp), and it is in no .tar")
+    """A tar file and its members, {name: member}. Raises InputError if it is damaged."""
+    tar = tarfile.open(path, "r:")  # noqa: SIM115, it stays open
+    members = {}
+    member = tar.next()
+    while member is not None:
+        if member.isfile():
+            members[member.name.removeprefix("./")] = member
+        member = tar.next()
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(512) != bytes(512):  # tarfile takes damage for the end
+        raise InputError(f"{path} is damaged or cut off at byte {tar.offset:,}; get it again")
+    return tar, members
 
 
 @torch.no_grad()
-def encode_images(clip, preprocess, items, open_item, workers):
-    """Yield of each PIL image open_item(item), in order, its L2-normalised feature [D] and "", or NaN and a reason."""
+def encode_images(model, items, open_item, workers):
+    """Yield of each image open_item(item) its L2-normalised feature [D] and "".
+
+    Of an image that can't be read, yield a feature of NaN and the reason. open_item(item)
+    returns a PIL image; it runs in `workers` processes.
+    """
+    clip = model.clip
+
     def load(item):
         try:
-            return preprocess(open_item(item)), ""
-        except Exception as error:  # noqa: BLE001 - Pillow raises OSError, SyntaxError, ValueError and others
-            return preprocess(Image.new("RGB", (8, 8))) * math.nan, " ".join(f"{type(error).__name__}: {error}".split())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, on odd images that it can read
+                return model.preprocess(open_item(item)), ""
+        except Exception as error:  # noqa: BLE001, Pillow raises all kinds
+            blank = model.preprocess(Image.new("RGB", (8, 8)))
+            return torch.full_like(blank, math.nan), one_line(error)
 
-    cuda, collate = clip.logit_scale.is_cuda, lambda batch: default_collate([load(item) for item in batch])
-    loader = DataLoader(items, 64 if cuda else 16, collate_fn=collate, num_workers=workers, pin_memory=cuda,
-                        multiprocessing_context="fork" if workers else None)
-    for pixels, reasons in loader:
-        features = clip.encode_image(pixels.to(clip.logit_scale, non_blocking=True), normalize=True)
-        yield from zip(features.float().cpu(), reasons)
+    def load_batch(batch):
+        return default_collate([load(item) for item in batch])
+
+    cuda = clip.logit_scale.is_cuda
+    batch_size = 64 if cuda else 16
+    loader = load_in_workers(
+        items, workers, batch_size=batch_size, collate_fn=load_batch, pin_memory=cuda
+    )
+    for pixels, problems in loader:
+        pixels = pixels.to(clip.logit_scale, non_blocking=True)
+        features = clip.encode_image(pixels, normalize=True)
+        yield from zip(features.float().cpu(), problems)
 
 
-def cache_image_features(clip, preprocess, image_ids, args):
-    """Memory-mapped slices [n, D] of the features of `image_ids`, in fp16, and {image_id: why it can't be read}.
+def cache_image_features(model, image_ids, args):
+    """The features of `image_ids`, each computed once for all runs that share args.features.
 
-    A slice is a file named by the SHA-256 of tower, preprocessing, image root and ids: what is there is right by name,
-    and whole. Each rank encodes its share of those that are missing. All slices but the last have the same length.
+    Returns memory-mapped slices [n, D] in fp16, all but the last of the same length, and of the
+    images that can't be read {image_id: reason}. Each rank encodes its share of what is missing.
     """
-    rank, folder = dist.get_rank(), args.features or os.path.join(args.output, "features")
-    os.makedirs(folder, exist_ok=True)
-    tower, slices = fingerprint(clip.visual, clip.visual.preprocess_cfg, os.path.realpath(args.images)), {}
-    size = math.ceil(len(image_ids) / math.ceil(len(image_ids) / SLICE))  # near to equal: a share of each may be bad
-    for ids in [image_ids[start : start + size] for start in range(0, len(image_ids), size)]:
-        name = hashlib.sha256(json.dumps([tower, ids]).encode()).hexdigest()
-        slices[os.path.join(folder, f"{name}.safetensors")] = ids
-    missing = [path for path in list(slices)[rank :: dist.get_world_size()] if not os.path.exists(path)]
-    todo = [image_id for path in missing for image_id in slices[path]]
-    encoded = encode_images(clip, preprocess, todo, functools.partial(open_image, args.images), args.workers)
-    encoded = iter(tqdm(encoded, "image features", len(todo), mininterval=BAR_SECONDS, disable=rank > 0 or not todo))
-    for path in missing:
-        features, unreadable = [], {}
-        for image_id, (feature, reason) in zip(slices[path], encoded):
-            features.append(feature.half())
-            unreadable |= {image_id: reason} if reason else {}
-            if len(unreadable) > args.max_bad_images * len(slices[path]):
-                encoded.close()
-                raise InputError(f"--images {args.images or 'is not given'}: more than --max-bad-images can't be read, "
-                                 f"the first: {': '.join(next(iter(unreadable.items())))}")
-        with atomic_write(path, "wb") as file:
-            file.write(safetensors.torch.save({"features": torch.stack(features)}, unreadable))
-    next(encoded, None)  # and the bar ends
-    arrays, unreadable = [], {}
-    for path in slices:
-        while not os.path.exists(path):  # another rank is at it
-            time.sleep(1)
+    slices = name_slices(model, image_ids, args)
+    missing = [path for path in slices if not os.path.exists(path)]
+    missing = from_rank_0(missing)
+    own = missing[dist.get_rank() :: dist.get_world_size()]
+    own_ids = [image_id for path in own for image_id in slices[path]]
+    open_item = functools.partial(open_image, args.images)
+    encoded = encode_images(model, own_ids, open_item, args.workers)
+    encoded = iter(progress(encoded, "image features", len(own_ids), unit="image"))
+    for turn in range(math.ceil(len(missing) / dist.get_world_size())):
+        with together():
+            if turn < len(own):
+                encode_slice(own[turn], slices[own[turn]], encoded, args)
+    next(encoded, None)  # there is none left: it ends the progress bar
+    with together():
+        return load_slices(slices)
+
+
+def name_slices(model, image_ids, args):
+    """{file of the cache: the image ids whose features it holds}, the same on all ranks.
+
+    A file's name is a hash of all that its features depend on, so a file that exists is right.
+    The slices are nearly equal in size, since --max-bad-images holds for each of them.
+    """
+    size = math.ceil(len(image_ids) / math.ceil(len(image_ids) / SLICE))
+    parts = [image_ids[start : start + size] for start in range(0, len(image_ids), size)]
+    root = os.path.realpath(args.images)
+    names = []
+    for ids in parts:
+        content = json.dumps([model.image_tower, root, ids])
+        names.append(hashlib.sha256(content.encode()).hexdigest() + ".safetensors")
+    names = from_rank_0(names)  # another machine may have the images under another path
+    return {os.path.join(args.features, name): ids for name, ids in zip(names, parts)}
+
+
+def encode_slice(path, image_ids, encoded, args):
+    """Write the next features of `encoded`, those of `image_ids`, to `path`."""
+    features = []
+    unreadable = {}
+    for image_id, (feature, problem) in zip(image_ids, encoded):
+        features.append(feature.half())
+        if problem:
+            unreadable[image_id] = problem
+        if len(unreadable) > args.max_bad_images * len(image_ids):
+            image_id, problem = next(iter(unreadable.items()))
+            raise InputError(f"--images {args.images}: more than --max-bad-images can't be read, "
+                             f"the first is {image_id}: {problem}")
+    content = safetensors.torch.save({"features": torch.stack(features)}, unreadable)
+    atomic_write(path, content)
+
+
+def load_slices(paths):
+    """The features in the files of the cache, memory-mapped, and why images can't be read."""
+    features = []
+    unreadable = {}
+    for path in paths:
+        if not os.path.exists(path):
+            raise InputError(f"{path} is not there: all ranks must share one --features folder")
         with reading(path), safetensors.safe_open(path, "pt") as file:
-            arrays.append(file.get_tensor("features"))
+            features.append(file.get_tensor("features"))
             unreadable.update(file.metadata() or {})
-    return arrays, unreadable
+    return features, unreadable
 
 
-BASELINES = {  # name: (open_clip model, weights), all ViT-B/32
-    "openai": ("ViT-B-32-quickgelu", "openai"),  # plain ViT-B-32 loads too and is silently wrong
-    "openclip-400m": ("ViT-B-32", "laion400m_e32"),  # trained with QuickGELU; plain GELU is what gives the paper's 60.2
+# ------------------------------------------------------------------ models
+
+BASELINES = {  # section 3.1: the open_clip model and its weights, all ViT-B/32
+    # the plain ViT-B-32 loads OpenAI's weights too, and is silently wrong
+    "openai": ("ViT-B-32-quickgelu", "openai"),
+    # trained with QuickGELU, but GELU is what gives the paper's 60.2 on ImageNet
+    "openclip-400m": ("ViT-B-32", "laion400m_e32"),
     "openclip-2b": ("ViT-B-32", "laion2b_s34b_b79k"),
     "openclip-roberta": ("roberta-ViT-B-32", "laion2b_s12b_b32k"),
-    "laclip": ("ViT-B-32", "laion400m_laclip.pt"),  # a file from github.com/LijieFan/LaCLIP
+    # a file that the user gets from github.com/LijieFan/LaCLIP
+    "laclip": ("ViT-B-32", "laion400m_laclip.pt"),
 }
 
 
-def resolve(name):
-    """The (open_clip model, weights) that a --model names; weights: a tag, a file, "random", None for a local-dir."""
-    path = name.removeprefix("local-dir:")
-    if os.path.isfile(os.path.join(path, "open_clip_model.safetensors")):
-        return f"local-dir:{path}", None
-    model, _, weights = (":".join(BASELINES[name]) if name in BASELINES else name).partition(":")
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if model in open_clip.list_models() and (weights in ("random", *tags) or os.path.isfile(weights)):
-        return model, weights
-    raise InputError(f"--model {name}: none of {', '.join(BASELINES)} (of github.com/LijieFan/LaCLIP), no folder with "
-                     f"open_clip_model.safetensors, no MODEL:FILE or MODEL:TAG of open_clip ({', '.join(tags)})")
+@dataclasses.dataclass
+class Model:
+    """An open_clip model in fp32, and what belongs to it."""
+
+    open_clip_name: str  # of the architecture, or local-dir:PATH
+    pretrained: str  # a tag, a file, "random", or None for a local-dir
+    clip: torch.nn.Module  # in eval mode, its image tower frozen
+    preprocess: object  # PIL image -> pixels [3, H, W]
+    tokenizer: object  # texts -> tokens [n, 77]
+    config: dict  # open_clip's
+    image_tower: str  # fingerprint of all that image features depend on
+    fingerprint: str  # of the whole model
+
+
+def find_model(name):
+    """The (open_clip name, pretrained) of a model's name, see Model. Raises InputError."""
+    if name in BASELINES:
+        open_clip_name, pretrained = BASELINES[name]
+    else:
+        folder = name.removeprefix("local-dir:")
+        if os.path.isfile(os.path.join(folder, "open_clip_model.safetensors")):
+            return f"local-dir:{folder}", None
+        open_clip_name, _, pretrained = name.partition(":")
+    tags = open_clip.list_pretrained_tags_by_model(open_clip_name)
+    known_weights = pretrained in ("random", *tags) or os.path.isfile(pretrained)
+    if open_clip_name in open_clip.list_models() and known_weights:
+        return open_clip_name, pretrained
+    raise InputError(
+        f"model {name}: it is none of {', '.join(BASELINES)} (a file in this folder, from "
+        "github.com/LijieFan/LaCLIP), no folder with open_clip_model.safetensors in it, and no "
+        f"MODEL:FILE or MODEL:TAG of open_clip (tags of {open_clip_name}: {', '.join(tags)})"
+    )
 
 
 def load_model(name, device="cpu"):
-    """An open_clip model in fp32, its image tower frozen, with preprocessing and tokenizer. Raises InputError."""
-    model, weights = resolve(name)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
-    torch.manual_seed(0)
-    logging.disable(logging.ERROR)  # what open_clip logs of a failure, the InputError says
-    with reading(f"--model {name}"), warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
-        if name in BASELINES:  # their activations are on purpose; LaCLIP's file holds a Namespace
+    """The Model of a name, see --model. Raises InputError. Changes nothing else in the process."""
+    open_clip_name, pretrained = find_model(name)
+    weights = None if pretrained == "random" else pretrained
+    preprocessing = {}
+    if name not in BASELINES and weights and os.path.isfile(weights):
+        preprocessing = agreed_preprocessing(open_clip_name)
+    with reading(f"model {name}"), without_a_trace():
+        if name in BASELINES:  # their activations are as the paper's, see above
             warnings.filterwarnings("ignore", "QuickGELU mismatch")
-        clip, _, preprocess = open_clip.create_model_and_transforms(model, None if weights == "random" else weights)
-        tokenizer = open_clip.get_tokenizer(model)
-        if not isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP)) or clip.logit_bias is not None:
-            raise InputError(f"--model {name}: no CLIP with two towers and a softmax loss")
-    clip.visual.requires_grad_(False)  # lock_image_tower() leaves the head of a timm tower free
-    return clip.to(device).eval(), preprocess, tokenizer  # eval: no dropout, a step is exact
+        clip, _, preprocess = open_clip.create_model_and_transforms(
+            open_clip_name, weights, **preprocessing
+        )
+        tokenizer = open_clip.get_tokenizer(open_clip_name)
+    two_towers = isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP))
+    if not two_towers or clip.logit_bias is not None:
+        raise InputError(f"model {name}: it is no CLIP with two towers and a softmax loss")
+    clip.visual.requires_grad_(False)  # lock_image_tower() leaves a timm tower's head free
+    clip.to(device).eval()  # eval: no dropout, so that a step is exact
+
+    config = open_clip.get_model_config(open_clip_name)
+    whole_config = {**config, "preprocess_cfg": clip.visual.preprocess_cfg}
+    image_config = {**whole_config, "text_cfg": None}
+    return Model(
+        open_clip_name=open_clip_name,
+        pretrained=pretrained,
+        clip=clip,
+        preprocess=preprocess,
+        tokenizer=tokenizer,
+        config=config,
+        image_tower=fingerprint(clip.visual, image_config),
+        fingerprint=fingerprint(clip, whole_config),
+    )
 
 
-def fingerprint(module, *more):
-    """SHA-256 of a module's weights and buffers, of the kinds of its layers (GELU or QuickGELU, say), and of `more`."""
-    kinds = [(name, type(layer).__name__) for name, layer in module.named_modules()]
-    digest = hashlib.sha256(json.dumps([kinds, *more]).encode())
+def agreed_preprocessing(open_clip_name):
+    """How the images for a checkpoint file are prepared, as arguments for open_clip.
+
+    As by all tags of its architecture; where these differ, by open_clip's default, and said.
+    """
+    settings = []
+    for tag in open_clip.list_pretrained_tags_by_model(open_clip_name):
+        cfg = open_clip.get_pretrained_cfg(open_clip_name, tag)
+        keys = ("mean", "std", "interpolation", "resize_mode")
+        settings.append({f"image_{key}": cfg.get(key) for key in keys})
+    if settings and all(setting == settings[0] for setting in settings):
+        return settings[0]
+    print(f"{open_clip_name}: open_clip's tags don't say how to prepare images for a file of "
+          "weights; its default is taken", file=sys.stderr)
+    return {}
+
+
+@contextlib.contextmanager
+def without_a_trace():
+    """Around open_clip's loading: it logs failures that it also raises, and draws weights.
+
+    Logging, the random state and the filters of warnings are afterwards as before. LaCLIP's
+    file holds an argparse.Namespace: no other class is allowed beside torch's own.
+    """
+    disabled = logging.root.manager.disable
+    handler = logging.NullHandler()  # without one, the first message would install another
+    logging.root.addHandler(handler)
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        logging.disable(disabled)
+        logging.root.removeHandler(handler)
+
+
+def fingerprint(module, config):
+    """SHA-256 of a module's weights and buffers, and of the configuration that uses them."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
+# ------------------------------------------------------------------ ranks
+
+
+def cores():
+    """How many CPU cores this process may use, as one of the ranks on its machine."""
+    count = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        count = len(os.sched_getaffinity(0))
+    if "RANK" in os.environ:
+        count = count // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, count)
+
+
 def set_up_ranks():
-    """Join torchrun's process group, or make one of this process alone: the code has one case. Returns the device."""
-    cuda, world = torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu")
-    store, rank, _ = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
-    if os.environ.get("LOCAL_WORLD_SIZE") == world:  # one machine: elsewhere the counts of restarts differ
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # else dead ranks' keys show
-    if cuda:
+    """Join torchrun's process group, or make one of this process alone. Returns the device.
+
+    Without RANK, what torchrun sets beside it is left over from another job and not looked at.
+    """
+    rank = 0
+    world = 1
+    store = dist.HashStore()
+    local_rank = "0"
+    if "RANK" in os.environ:
+        try:
+            store, rank, world = next(dist.rendezvous("env://"))
+        except ValueError as error:
+            raise InputError(f"RANK is in the environment, but {error}; start with torchrun, "
+                             "or unset RANK for a single process") from None
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # After a restart the store still holds what the dead ranks wrote. On one machine
+            # only: on several machines the counts of restarts differ.
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(restarts, store)
+
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device(f"cuda:{local_rank}")
+        backend = "cpu:gloo,cuda:nccl"  # gloo for objects: it notices at once that a rank ended
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # with a mask it may give NaN gradients on an H100: pytorch#196678
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=int(world),
-                            device_id=device if cuda else None)
+        # With a mask it may give NaN gradients on an H100: pytorch issue 196678.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device
 
 
+def gather_objects(value):
+    """[the value on rank 0, the value on rank 1, ...] on every rank."""
+    values = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise InputError(f"another rank has ended, see its message ({one_line(error)})") from None
+    return values
+
+
+def from_rank_0(value):
+    """Rank 0's value, on every rank."""
+    return gather_objects(value)[0]
+
+
+@contextlib.contextmanager
+def together():
+    """Around work that each rank does alone: if one rank fails, all end with its message."""
+    own_problem = ""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        own_problem = one_line(error)
+    for problem in gather_objects(own_problem):
+        if problem:
+            raise InputError(problem)
+
+
+# ------------------------------------------------------------------ the run directory
+
+
 def save_state(encoder, optimizer, step, args):
-    """Replace OUTPUT/state.pt by the state before `step`: what trains, the optimizer and the step, as plain types."""
-    weights, state = {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}, io.BytesIO()
-    torch.save({"step": step, "seed": args.seed, "weights": weights, "optimizer": optimizer.state_dict()}, state)
-    with atomic_write(os.path.join(args.output, "state.pt"), "wb") as file:
-        file.write(state.getbuffer())
+    """Replace OUTPUT/state.pt by the state before `step`, as plain types."""
+    weights = {}
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            weights[name] = parameter.detach()
+    state = {
+        "step": step,
+        "seed": args.seed,
+        "weights": weights,
+        "optimizer": optimizer.state_dict(),
+    }
+    content = io.BytesIO()
+    torch.save(state, content)
+    atomic_write(os.path.join(args.output, "state.pt"), content.getbuffer())
 
 
-def load_state(encoder, optimizer, args):
-    """Load OUTPUT/state.pt if there is one, cut the log to the steps before it, and return the step to resume at."""
-    path, state = os.path.join(args.output, "state.pt"), {"step": 0}
-    if os.path.exists(path):
-        with reading(path):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            encoder.load_state_dict(state["weights"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
-    if dist.get_rank() == 0:
-        with open(os.path.join(args.output, "log.jsonl"), "a+") as log:
-            log.seek(0)
+def read_state(output):
+    """The state in OUTPUT/state.pt, or one whose step is 0."""
+    path = os.path.join(output, "state.pt")
+    if not os.path.exists(path):
+        return {"step": 0}
+    with reading(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: state[key] for key in ("step", "weights", "optimizer")}
+
+
+def load_state(encoder, optimizer, state, output):
+    """Go on from a state of read_state(): the log is cut to the steps before it."""
+    if state["step"]:
+        encoder.load_state_dict(state["weights"], strict=False)  # strict: the frozen are missing
+        optimizer.load_state_dict(state["optimizer"])
+    path = os.path.join(output, "log.jsonl")
+    if dist.get_rank() == 0 and os.path.exists(path):
+        with open(path, "r+b") as log:
             log.truncate(sum(len(line) for line in itertools.islice(log, state["step"])))
-    return state["step"]
 
 
-def describe(args, examples, base_model):
-    """What config.json keeps. Raises InputError if the run that is in OUTPUT began otherwise."""
-    record = {"flags": vars(args), "rows": {"count": len(examples.rows), "sha256": examples.checksum},
-              "base_model": dict(zip(("open_clip", "pretrained", "fingerprint"), (*resolve(args.model), base_model))),
-              "versions": {package.__name__: package.__version__ for package in (torch, open_clip, np)},
-              "git_commit": subprocess.run("git rev-parse HEAD", shell=True, cwd=os.path.dirname(__file__) or ".",
-                                           check=False, capture_output=True, text=True).stdout.strip() or None}
-    path = os.path.join(args.output, "config.json")
+def make_record(args, rows, model):
+    """What config.json keeps of a run."""
+    try:
+        here = os.path.dirname(os.path.abspath(__file__))
+        git = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(git, cwd=here, check=False, capture_output=True, text=True).stdout
+    except OSError:  # there is no git
+        commit = ""
+    return {
+        "flags": vars(args),
+        "rows": {"count": len(rows.places), "sha256": rows.checksum},
+        "base_model": {
+            "open_clip": model.open_clip_name,
+            "pretrained": model.pretrained,
+            "fingerprint": model.fingerprint,
+        },
+        "versions": {package.__name__: package.__version__ for package in (torch, open_clip, np)},
+        "git_commit": commit.strip() or None,
+    }
+
+
+def settings_of(record):
+    """What the weights of a run depend on, from its record: equal settings, equal weights."""
+    flags = ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed")
+    settings = {f"--{flag.replace('_', '-')}": record["flags"][flag] for flag in flags}
+    settings["--rows (checksum)"] = record["rows"]["sha256"]
+    settings["--model (fingerprint)"] = record["base_model"]["fingerprint"]
+    return settings
+
+
+def require_same(settings, others, where):
+    """Raise InputError if two dicts of settings differ, and name what differs."""
+    differing = []
+    for key, value in settings.items():
+        if others[key] != value:
+            differing.append(f"{key} (there {others[key]}, here {value})")
+    if differing:
+        raise InputError(f"{where} differs in {', '.join(differing)}")
+
+
+def resume_record(record, output):
+    """Add to `record` what the run that is in OUTPUT already left out; it must be this run."""
+    path = os.path.join(output, "config.json")
     if os.path.exists(path):
-        with reading(path), open(path) as file:
+        with reading(path), open(path, encoding="utf-8") as file:
             before = json.load(file)
-            was, now = ({**each["flags"], **each} for each in (before, record))  # "rows": their checksum, not the flag
-            depends = ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed", "rows", "base_model")
-            differ = [f"{key} (was {was[key]}, is {now[key]})" for key in depends if was[key] != now[key]]
-            record["unreadable"] = before["unreadable"]  # its batches depend on them, whatever can be read by now
-        if differ:
-            raise InputError(f"{args.output} is a run that began otherwise: {', '.join(differ)}; give another --output")
-    return record
+            settings = settings_of(before)
+            record["unreadable"] = before["unreadable"]
+        require_same(settings_of(record), settings, f"the run in {output}")
+    elif os.path.exists(os.path.join(output, "open_clip_model.safetensors")):
+        raise InputError(f"--output {output}: it holds a model that is no run of paraclip.py; "
+                         "give another --output")
 
 
-def export(clip, tokenizer, args):
-    """Write the model so that open_clip's "local-dir:OUTPUT" loads it; a Hugging Face tokenizer goes with it."""
-    model_cfg = open_clip.get_model_config(resolve(args.model)[0])
-    with atomic_write(os.path.join(args.output, "open_clip_config.json")) as file:
-        json.dump({"model_cfg": model_cfg, "preprocess_cfg": clip.visual.preprocess_cfg}, file, indent=1)
-    if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
-        tokenizer.save_pretrained(args.output)
-    with atomic_write(os.path.join(args.output, "open_clip_model.safetensors"), "wb") as file:
-        file.write(safetensors.torch.save({key: value.contiguous().cpu() for key, value in clip.state_dict().items()}))
+def export(model, output):
+    """Write the model so that open_clip's "local-dir:OUTPUT" loads it."""
+    config = {"model_cfg": model.config, "preprocess_cfg": model.clip.visual.preprocess_cfg}
+    write_json(os.path.join(output, "open_clip_config.json"), config)
+    if isinstance(model.tokenizer, open_clip.tokenizer.HFTokenizer):
+        model.tokenizer.save_pretrained(output)
+    weights = {}
+    for name, tensor in model.clip.state_dict().items():
+        weights[name] = tensor.contiguous().cpu()
+    content = safetensors.torch.save(weights)
+    atomic_write(os.path.join(output, "open_clip_model.safetensors"), content)
+
+
+# ------------------------------------------------------------------ files, messages, progress
+
+
+class InputError(Exception):
+    """What the user must mend: `run` prints it as one line and exits with code 2."""
+
+
+def run(main):
+    """Call main() and exit: 2 with one line for what the user must mend, 130 after Ctrl-C."""
+    # Otherwise Hugging Face's tokenizers warn about the processes that load data.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 says it first, and torchrun ends the others
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is written", file=sys.stderr)
+        sys.exit(130)
+
+
+def one_line(error):
+    """An exception as one line."""
+    words = " ".join(str(error).split())[:400]
+    if isinstance(error, (InputError, OSError)):
+        return words
+    return f"{type(error).__name__}: {words}"
+
+
+def at_least(least, kind=int):
+    """An argparse type: a number of `kind` that is `least` or more."""
+
+    def number(text):
+        value = kind(text)
+        if not value >= least:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text} must be {least} or more")
+        return value
+
+    return number
+
+
+@contextlib.contextmanager
+def reading(place):
+    """The guard around all that reads a file: what it raises becomes one line with `place`."""
+    try:
+        yield
+    except (InputError, FileNotFoundError):
+        raise
+    except Exception as error:  # noqa: BLE001, readers raise all kinds
+        raise InputError(f"{place}: can't be read: {one_line(error)}") from None
+
+
+def read_jsonl(path, parse):
+    """Yield (byte offset, parse(line)) of each line that isn't blank. Raises InputError."""
+    offset = 0
+    number = 0
+    with open(path, "rb") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield offset, parse(line)
+                offset += len(line)
+        except Exception as error:  # noqa: BLE001, parsers raise all kinds
+            raise InputError(f"{path}:{number}: {one_line(error)}") from None
+
+
+def find_files(patterns):
+    """The files that paths and globs name, each once."""
+    found = {}
+    for pattern in patterns:
+        paths = [pattern]
+        if not os.path.exists(pattern):
+            paths = sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            raise InputError(f"{pattern}: there is no such file")
+        for path in paths:
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def atomic_write(path, content):
+    """Replace the file `path` by `content` (bytes), or leave it as it is. Makes its folder."""
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = f"{path}.{uuid.uuid4().hex}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+def write_json(path, content):
+    text = json.dumps(content, indent=1, allow_nan=False)
+    atomic_write(path, text.encode())
+
+
+def load_in_workers(dataset, workers, **options):
+    """Yield the batches of a DataLoader with `workers` processes."""
+    context = "fork" if workers else None
+    loader = DataLoader(dataset, num_workers=workers, multiprocessing_context=context, **options)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(f"a process of --workers has ended ({one_line(error)}); give /dev/shm "
+                         "more room (docker run --ipc=host), or use --workers 0") from None
+
+
+def progress(items, what, total=None, **options):
+    """`items`, with a progress bar on rank 0: often on a terminal, now and then in a log file."""
+    seconds = 0.3 if sys.stderr.isatty() else 30
+    silent = dist.get_rank() > 0 or total == 0
+    return tqdm(items, what, total, mininterval=seconds, disable=silent, **options)
+
+
+# ------------------------------------------------------------------ main
+
+
+def prepare(args, device):
+    """What can fail before the first step, cheap things first: rows, model, state and record."""
+    world = dist.get_world_size()
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} can't be divided among {world} ranks")
+    find_model(args.model)
+    if "I" in kinds_of(args.loss) and not os.path.isdir(args.images or ""):
+        raise InputError(f"--images: {args.images} is no folder, and --loss has a term with I")
+    rows = read_rows(args.rows)
+    require_a_batch(rows, args)
+    model = load_model(args.model, device)
+    record = make_record(args, rows, model)
+    resume_record(record, args.output)
+    return rows, model, read_state(args.output), record
+
+
+def require_a_batch(rows, args):
+    if len(rows.places) < args.batch_size:
+        raise InputError(f"--rows: {len(rows.places)} rows to train on are fewer than "
+                         f"--batch-size {args.batch_size}")
+
+
+def leave_out_unreadable(rows, unreadable):
+    """Keep the rows whose images can be read."""
+    bad = [index for index, image_id in enumerate(rows.image_ids) if image_id in unreadable]
+    rows.places = rows.places[~np.isin(rows.places[:, 2], bad)]
+
+
+def print_header(args, model, rows, record, first_step, steps):
+    parameters = list(model.clip.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in parameters) - trained
+    unreadable = record["unreadable"]
+    ranks = dist.get_world_size()
+    share = args.batch_size // ranks
+    print(f"model   {args.model}: {trained:,} parameters trained, {frozen:,} frozen, "
+          f"{args.precision}")
+    print(f"pixels  {model.clip.visual.preprocess_cfg}")
+    print(f"loss    {' + '.join(args.loss)}; AdamW, lr {args.lr:g}, weight decay "
+          f"{args.weight_decay:g}")
+    print(f"rows    {len(rows.places):,} of {record['rows']['count']:,}, "
+          f"{len(rows.image_ids):,} images")
+    if unreadable:
+        print(f"images  {len(unreadable):,} can't be read: {', '.join(sorted(unreadable)[:5])}")
+    print(f"steps   {first_step:,} to {steps:,}, {args.epochs} epoch(s), each step "
+          f"{args.batch_size:,} = {ranks} x {share:,} rows", flush=True)
 
 
 def main():
-    args, device = parse_args(), set_up_ranks()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} can't be divided among {world} ranks")
-    os.makedirs(args.output, exist_ok=True)
-    if "open_clip_model.safetensors" in os.listdir(args.output) and "log.jsonl" not in os.listdir(args.output):
-        raise InputError(f"--output {args.output}: holds a model that is no run's; give another --output")
+    args = parse_args()
+    device = set_up_ranks()
+    with together():
+        rows, model, state, record = prepare(args, device)
+    settings = {**settings_of(record), "the step in --output": state["step"]}
+    require_same(settings, from_rank_0(settings), "rank 0, on another machine maybe,")
 
-    clip, preprocess, tokenizer = load_model(args.model, device)
-    kinds = {kind for term in args.loss for kind in term.split(":")}
-    examples = Examples(args.rows, sorted(kinds - {"I"}), tokenizer)
-    record, unreadable = describe(args, examples, fingerprint(clip)), {}
-    if "I" in kinds and len(examples.rows) >= args.batch_size:
-        examples.features, unreadable = cache_image_features(clip, preprocess, examples.image_ids, args)
-    unreadable = record.setdefault("unreadable", unreadable)
-    good = np.array([image_id not in unreadable for image_id in examples.image_ids], bool)
-    examples.rows = examples.rows[good[examples.rows[:, 2]]]
-    steps = args.epochs * (len(examples.rows) // args.batch_size)
-    if not steps:
-        raise InputError(f"--rows: {len(examples.rows)} rows to train on are fewer than --batch-size {args.batch_size}")
-    encoder = TextEncoder(clip, args.micro_batch, args.precision == "bf16")
-    optimizer = make_optimizer(encoder, args)
-    first_step = load_state(encoder, optimizer, args)
-    if rank == 0:
-        with atomic_write(os.path.join(args.output, "config.json")) as file:
-            json.dump(record, file, indent=1)
-        trained, frozen = (sum(p.numel() for p in clip.parameters() if p.requires_grad == x) for x in (True, False))
-        print(f"model  {args.model}: {trained:,} parameters trained, {frozen:,} frozen, {args.precision}\n"
-              f"loss   {' + '.join(args.loss)}; AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}\n"
-              f"rows   {len(examples.rows):,} of {record['rows']['count']:,}; {len(unreadable):,} images can't be read "
-              f"{sorted(unreadable)[:5]}\nsteps  {first_step:,} to {steps:,}, {args.epochs} epoch(s), each step "
-              f"{args.batch_size:,} = {world} x {args.batch_size // world:,} rows", flush=True)
-    train(encoder, optimizer, examples, steps, first_step, args)
-    if rank == 0:
-        export(clip, tokenizer, args)
+    kinds = kinds_of(args.loss)
+    image_features = None
+    unreadable = {}
+    if "I" in kinds:
+        kinds.remove("I")
+        image_features, unreadable = cache_image_features(model, rows.image_ids, args)
+    unreadable = from_rank_0(record.setdefault("unreadable", unreadable))
+    leave_out_unreadable(rows, unreadable)
+    require_a_batch(rows, args)
+    steps = args.epochs * (len(rows.places) // args.batch_size)
+
+    examples = Examples(rows, kinds, model.tokenizer, image_features)
+    encoder = TextEncoder(model.clip, args.micro_batch, args.precision == "bf16")
+    optimizer = make_optimizer(encoder, args.lr, args.weight_decay)
+    load_state(encoder, optimizer, state, args.output)
+    if dist.get_rank() == 0:
+        write_json(os.path.join(args.output, "config.json"), record)
+        print_header(args, model, rows, record, state["step"], steps)
+    train(encoder, optimizer, examples, steps, state["step"], args)
+    if dist.get_rank() == 0:
+        export(model, args.output)
         print(f"done: {args.output} is an open_clip model, local-dir:{args.output}")
     dist.destroy_process_group()
 
