@@ -56,8 +56,8 @@ def parse_args(argv=None):
     add("--rows", nargs="+", required=True, metavar="JSONL", help="files of generate.py, or globs")
     add("--images", metavar="DIR", help="folder of images, or of img2dataset's .tar shards")
     add("--model", default="openai",
-        help=f"a baseline of section 3.1: {', '.join(BASELINES)}; open_clip's MODEL:TAG, MODEL:FILE "
-        "or MODEL:random; a run directory; another local-dir:DIR (default: %(default)s)")
+        help=f"a baseline of section 3.1: {', '.join(BASELINES)}; open_clip's MODEL:TAG, "
+        "MODEL:FILE or MODEL:random; a run directory; a local-dir:DIR (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="run directory; a run in it is resumed")
     add("--loss", nargs="+", default=PARACLIP, choices=possible_terms, metavar="A:B",
         help=f"terms of the loss; the paper's {paper_terms} (default: I:T2 T:T1 T1:T2)")
@@ -301,6 +301,7 @@ def train(encoder, optimizer, examples, steps, first_step, args):
             "grad_norm": grad_norm.item(),
         }
         if not math.isfinite(entry["loss"] + entry["grad_norm"]):
+            bar.close()
             raise InputError(
                 f"step {step}: the loss {entry['loss']:.4g} or its gradient "
                 f"{entry['grad_norm']:.4g} is not finite; try a lower --lr, or --precision fp32. "
@@ -494,11 +495,12 @@ def cache_image_features(model, image_ids, args):
     open_item = functools.partial(open_image, args.images)
     encoded = encode_images(model, own_ids, open_item, args.workers)
     encoded = iter(progress(encoded, "image features", len(own_ids), unit="image"))
-    for turn in range(math.ceil(len(missing) / dist.get_world_size())):
-        with together():
-            if turn < len(own):
-                encode_slice(own[turn], slices[own[turn]], encoded, args)
-    next(encoded, None)  # there is none left: it ends the progress bar
+    turns = math.ceil(len(missing) / dist.get_world_size())
+    with contextlib.closing(encoded):
+        for turn in range(turns):
+            with together():
+                if turn < len(own):
+                    encode_slice(own[turn], slices[own[turn]], encoded, args)
     with together():
         return load_slices(slices)
 
@@ -828,14 +830,14 @@ def settings_of(record):
     return settings
 
 
-def require_same(settings, others, where):
+def require_same(settings, others, name, others_name):
     """Raise InputError if two dicts of settings differ, and name what differs."""
     differing = []
     for key, value in settings.items():
         if others[key] != value:
-            differing.append(f"{key} (there {others[key]}, here {value})")
+            differing.append(f"{key} ({value} and {others[key]})")
     if differing:
-        raise InputError(f"{where} differs in {', '.join(differing)}")
+        raise InputError(f"{name} and {others_name} differ in {', '.join(differing)}")
 
 
 def resume_record(record, output):
@@ -846,7 +848,7 @@ def resume_record(record, output):
             before = json.load(file)
             settings = settings_of(before)
             record["unreadable"] = before["unreadable"]
-        require_same(settings_of(record), settings, f"the run in {output}")
+        require_same(settings_of(record), settings, "this run", f"the one in --output {output}")
     elif os.path.exists(os.path.join(output, "open_clip_model.safetensors")):
         raise InputError(f"--output {output}: it holds a model that is no run of paraclip.py; "
                          "give another --output")
@@ -1046,8 +1048,10 @@ def main():
     device = set_up_ranks()
     with together():
         rows, model, state, record = prepare(args, device)
-    settings = {**settings_of(record), "the step in --output": state["step"]}
-    require_same(settings, from_rank_0(settings), "rank 0, on another machine maybe,")
+    settings = {**settings_of(record), "step in --output": state["step"]}
+    of_rank_0 = from_rank_0(settings)
+    with together():
+        require_same(settings, of_rank_0, f"rank {dist.get_rank()}", "rank 0")
 
     kinds = kinds_of(args.loss)
     image_features = None

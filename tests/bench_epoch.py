@@ -28,23 +28,28 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import paraclip
-from generate import ROW_KEYS
 
 PAPER_ROWS = 5_000_000
 
 
-def write_job(folder, count, captions, clip):
+def write_job(folder, count, captions, model):
     """Rows, and the cache of their images' features, written by paraclip.py as if it had encoded images."""
     ids = [f"{i // 10_000:05}/{i:09}" for i in range(count)]
     with open(folder / "rows.jsonl", "w") as rows:
         for i, image_id in enumerate(tqdm(ids, "writing", leave=False)):
-            texts = {key: captions[(7 * i + 13 * k) % len(captions)] for k, key in enumerate(ROW_KEYS[1:])}
+            texts = {key: captions[(7 * i + 13 * k) % len(captions)] for k, key in enumerate(paraclip.TEXT_KEYS.values())}
             rows.write(json.dumps({"image_id": image_id, **texts}) + "\n")
-    features = torch.nn.functional.normalize(torch.randn(paraclip.SLICE, clip.text_projection.shape[-1]), dim=-1)
-    paraclip.encode_images = lambda clip, preprocess, items, *_: ((features[i % paraclip.SLICE], "") for i in range(len(items)))
+    features = torch.randn(paraclip.SLICE, model.clip.text_projection.shape[-1])
+    features = torch.nn.functional.normalize(features, dim=-1)
+
+    def encode_images(model, items, *_):
+        for i in range(len(items)):
+            yield features[i % paraclip.SLICE], ""
+
+    paraclip.encode_images = encode_images
     paraclip.set_up_ranks()
     flags = ["--rows", "", "--output", "", "--images", str(folder), "--features", str(folder / "features")]
-    paraclip.cache_image_features(clip, None, ids, paraclip.parse_args(flags))
+    paraclip.cache_image_features(model, ids, paraclip.parse_args(flags))
 
 
 def follow(process, folder, steps):
@@ -87,14 +92,14 @@ def main():
     parser.add_argument("--peak-tflops", type=float, help="of one device in dense bf16: says how much of it is used (default: no)")
     flags, more = parser.parse_known_args()
     captions = random_captions(10_000, np.random.default_rng(0))
-    clip, _, tokenizer = paraclip.load_model(flags.model)
+    model = paraclip.load_model(flags.model)
     started = time.perf_counter()
-    tokens = tokenizer(captions)
+    tokens = model.tokenizer(captions)
     print(f"tokenizer: {len(captions) / (time.perf_counter() - started):,.0f} captions/s a worker")
-    flops = 9 * text_flops(clip, tokens) / len(captions)  # of an example: three texts, backward twice a forward
+    flops = 9 * text_flops(model.clip, tokens) / len(captions)  # of an example: three texts, backward twice a forward
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_job(folder, flags.rows, captions, clip)
+        write_job(folder, flags.rows, captions, model)
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={flags.ranks}"] if flags.ranks > 1 else []
         command += [ROOT / "paraclip.py", "--rows", folder / "rows.jsonl", "--images", folder, "--model", flags.model]
         command += ["--features", folder / "features", "--output", folder / "run", "--batch-size", str(flags.batch_size), "--save-every", "1000000", *more]

@@ -24,8 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import paraclip
-
-PAIRS = [("I", "T2"), ("T", "T1"), ("T1", "T2")]
+from paraclip import PARACLIP
 
 
 def random_captions(count, rng):
@@ -86,11 +85,15 @@ def ways(clip, tokens, images, image_features, micro_batch):
             features = {kind: clip.encode_text(t.to(device), normalize=True) for kind, t in tokens.items()}
             features["I"] = encode_image()
             scale = clip.logit_scale.exp()
-            return sum(clip_loss(features[a].to(features["T"]), features[b], scale) for a, b in PAIRS)
+            loss = 0
+            for term in PARACLIP:
+                a, b = term.split(":")
+                loss = loss + clip_loss(features[a].to(features["T"]), features[b], scale)
+            return loss
 
     def ours(size):
         encoder = paraclip.TextEncoder(clip, size, bf16=device.type == "cuda")
-        return lambda: sum(paraclip.loss_terms(encoder, tokens, image_features, PAIRS).values())
+        return lambda: sum(paraclip.loss_terms(encoder, tokens, image_features, PARACLIP).values())
 
     def in_the_loop():
         with torch.no_grad():
@@ -106,13 +109,14 @@ def bench_step(flags):
     if flags.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         paraclip.set_up_ranks()
-    clip, _, tokenizer = paraclip.load_model(flags.model, device)
+    model = paraclip.load_model(flags.model, device)
+    clip = model.clip
     rng, n = np.random.default_rng(0), flags.batch_size
     captions = random_captions(3 * n, rng)
     if flags.captions:
         captions = Path(flags.captions).read_text().splitlines()
         captions = [captions[i] for i in rng.permutation(len(captions))[: 3 * n]]
-    tokens = {kind: tokenizer(captions[i * n : (i + 1) * n]) for i, kind in enumerate(("T", "T1", "T2"))}
+    tokens = {kind: model.tokenizer(captions[i * n : (i + 1) * n]) for i, kind in enumerate(("T", "T1", "T2"))}
     lengths = np.concatenate([paraclip.TextEncoder(clip).lengths(t).numpy() for t in tokens.values()])
     print(f"{flags.model} on {device}, batch {n}, {torch.get_num_threads()} threads; tokens a text: mean {lengths.mean():.1f}, "
           f"p90 {np.percentile(lengths, 90):.0f}, p99 {np.percentile(lengths, 99):.0f}, longest {lengths.max()}")
