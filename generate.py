@@ -1,17 +1,19 @@
-"""ParaCLIP, section 2.1: rewrite each web caption T in two steps with an LLM, T -> T' -> T''.
+"""ParaCLIP, section 2.1: an LLM rewrites each web caption T in two steps, T -> T' -> T''.
 
     export OPENAI_API_KEY=...
-    python generate.py captions.tsv --output rows.jsonl                       # OpenAI's API, as in the paper
-    python generate.py 'laion/*.tar' --output rows.jsonl --model NAME --endpoint http://localhost:8000/v1
-    python generate.py rows.jsonl --sheet sheet.tsv                           # a sample to read before you pay for more
-    python generate.py rows.jsonl --export-chat train.jsonl                   # to instruction-tune LLaMA, section 3
+    python generate.py captions.tsv --output rows.jsonl              # OpenAI's API, as in the paper
+    python generate.py 'laion/*.tar' --output rows.jsonl --endpoint http://localhost:8000/v1
+    python generate.py rows.jsonl --sheet sheet.tsv                  # a sample of the rows to read
+    python generate.py rows.jsonl --export-chat chat.jsonl           # section 3: to tune a LLaMA
 
-Whatever stops a job (Ctrl-C, kill -9, a full disk), the same command resumes it.
-Exit code: 0, every row is written; 1, some captions failed; 2, an error that you must mend; 130, stopped by Ctrl-C.
+Whatever stops a job (Ctrl-C, kill -9, a full disk), the same command goes on where it was.
+Exit code: 0, every caption has its row; 1, some captions failed; 2, an error that you must mend;
+130, stopped by Ctrl-C.
 """
 
 import contextlib
 import csv
+import email.utils
 import fcntl
 import glob
 import itertools
@@ -28,267 +30,370 @@ from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormat
 from collections import Counter
 
 import requests
-from tqdm import std, tqdm
-from urllib3 import Retry
-from urllib3.exceptions import HTTPError
+from tqdm import tqdm
 
-PROMPTS = (  # section 2.1, verbatim
-    'Paraphrase the given caption "{}" concisely while preserving the meaning.',
-    'Paraphrase the given text "{}" concisely while preserving the meaning and avoiding use of existing words.',
+CAPTION_PROMPT = 'Paraphrase the given caption "{}" concisely while preserving the meaning.'
+TEXT_PROMPT = (
+    'Paraphrase the given text "{}" concisely while preserving the meaning and avoiding use of '
+    "existing words."
 )
+PROMPTS = (CAPTION_PROMPT, TEXT_PROMPT)  # section 2.1, verbatim
 
 
 def two_step(caption, ask):
-    """Section 2.1: of the caption T, T' without the web's noise, then T'' in other words. A failed step 1 raises."""
+    """Section 2.1: of the caption T, T' without the web's noise, then T'' in other words.
+
+    A step that fails raises, so a failed step 1 never feeds step 2.
+    """
     paraphrase_1 = ask(PROMPTS[0], caption)
     paraphrase_2 = ask(PROMPTS[1], paraphrase_1, may_echo=False)
     return paraphrase_1, paraphrase_2
 
 
-# ---------------------------------------------------------------- what makes an answer good
+# ---------------------------------------------------------------- what a good answer is
 
-LABEL = re.compile(  # as in "**Paraphrased caption:**" or "Sure! Here is a concise paraphrase of the text:"
-    r"^[*_\s]*((sure|certainly|of course|okay)[,!.]* )?(here( is|['’]s) )?(([\w-]+ ){0,3}?(paraphrased?|rephrased?|"
-    r"reworded|rewritten)( (caption|text|version))?( of [^:\n]{1,40})?|caption)[*_\s]*:[*_\s]*", re.IGNORECASE)
-QUOTED = re.compile(
-    r"""^(?:"([^"]*)"|“([^“”]*)”|«([^«»]*)»|`([^`]*)`|\*\*([^*]*)\*\*|['‘]((?:[^'‘’]|(?<=\w)['’](?=\w))*)['’])(\.?)$""")
-REFUSAL = re.compile(
-    r"(i['’]?m|i am) (very |so )?(sorry|afraid|unable|not able)\b|sorry,? (but )?(i|as an?)\b|i apologi[sz]e\b|as an? "
-    r"(ai|(\w+ )?language model)\b|(unfortunately, )?i (can ?not|can['’]?t) (\w+ )?(assist|help|provide|fulfill?|"
-    r"process|paraphrase|rephrase|generate|create|comply|answer)\b|((can|could) you )?please provide\b|there (is|was) "
-    r"no (caption|text)\b|no (caption|text) (is |was )?(provided|given)\b|n/a\W*$", re.IGNORECASE)
+FINISHED = ("none", "", "stop", "stop_sequence", "eos", "eos_token", "end_turn", "complete")
+MARKUP = set("<>[]{}|\\*#_`◁▷▁\ufffd")  # the last stands for a broken character
+TASK_WORDS = re.compile(
+    r"\bI\b|(?i:\b(?:paraphras|rephras|reword|rewrit|concise|caption|sorry|apolog))"
+)
+QUOTES = (('"', '"'), ("“", "”"), ("«", "»"), ("‘", "’"), ("'", "'"), ("`", "`"), ("**", "**"))
 
 
-def tidy(text):
-    """The answer alone: no thoughts (of a reasoning model) before it, no label, quotes or white space around it."""
-    before, text = None, text.rpartition("</think>")[2]
-    while text != before:
-        before, text = text, QUOTED.sub(r"\1\2\3\4\5\6\7", LABEL.sub("", text.strip()))
-    return text
+def problem_with(answer, source, finish_reason, may_echo):
+    """What is wrong with `answer` as a paraphrase of `source`, or "" if nothing is."""
+    words = words_of(answer)
+    source_words = words_of(source)
+    if str(finish_reason).casefold() not in FINISHED:
+        return f"finish_reason {finish_reason}"
+    if not words:
+        return "an empty answer"
+    if len(answer.splitlines()) > 1:
+        return "more than one line"
+    if MARKUP & set(answer) - set(source):
+        return "markup that its input lacks"
+    if task_words(answer) - task_words(source):
+        return "words about the task, as in a refusal"
+    if len(words) > 3 * len(source_words) + 12:
+        return "far longer than its input"
+    if words == source_words and not may_echo:
+        return "an echo of its input"
+    return ""
 
 
-def fault(answer, source, finish_reason, may_echo):
-    """What is wrong with `answer` as a paraphrase of `source`; "" if nothing is."""
-    words, given = (re.findall(r"\w+", text.casefold()) or text for text in (answer, source))
-    reasons = {
-        f"finish_reason {finish_reason}": finish_reason in ("length", "content_filter"),
-        "an empty answer": not answer,
-        "more than one line, or endless thoughts": len(answer.splitlines()) > 1 or answer.startswith("<think>"),
-        "a refusal": REFUSAL.match(answer) and not REFUSAL.match(source),
-        "an echo of its input": words == given and not may_echo,
-    }
-    return next((reason for reason, found in reasons.items() if found), "")
+def words_of(text):
+    """The words of a text in lower case, without punctuation."""
+    return re.findall(r"\w+", text.casefold())
 
 
-# ---------------------------------------------------------------- the server, and the gate that all calls pass
+def task_words(text):
+    """The words of a text that speak of the task or of who does it."""
+    return {word.casefold() for word in TASK_WORDS.findall(text)}
+
+
+def tidy(answer, source):
+    """The answer without a reasoning model's thoughts, a label, quotes and space around it."""
+    answer = answer.rpartition("</think>")[2]
+    answer = without_quotes(answer)
+    answer = without_label(answer, source)
+    return without_quotes(answer)
+
+
+LABEL_STARTS = ("here", "sure", "certainly", "of course", "concise", "caption", "paraphras",
+                "rephras", "reword", "rewrit")
+REFUSING = {"i", "sorry", "apolog"}
+
+
+def without_label(answer, source):
+    """The answer without a label such as "Sure! Here is a paraphrase:", if its source lacks it."""
+    label, colon, rest = answer.partition(":")
+    if not colon or "\n" in label or f"{label}:".casefold() in source.casefold():
+        return answer
+    spoken = task_words(label)
+    starts_as_labels_do = label.strip("* ").casefold().startswith(LABEL_STARTS)
+    if starts_as_labels_do and spoken and not spoken & REFUSING:
+        return rest.removeprefix("**")  # where a **label:** is in bold
+    return answer
+
+
+def without_quotes(answer):
+    """The answer without a pair of quotes around the whole of it."""
+    answer = answer.strip()
+    for opening, closing in QUOTES:
+        inner = answer.removeprefix(opening).removesuffix(closing)
+        marks_inside = re.sub(r"(?<=\w)['’](?=\w)", "", inner)  # apostrophes are no quotes
+        if opening in marks_inside or closing in marks_inside:
+            continue
+        if answer == opening + inner + closing:
+            return inner.strip()
+    return answer
+
+
+# ---------------------------------------------------------------- one request, and its gate
 
 OPENAI = "https://api.openai.com/v1"
-LARGEST = 2**20  # bytes of a chat completion
-PARAMETERS = (  # a 400 or 422 that holds for all captions: by LiteLLM's words, OpenAI's code or param, FastAPI's loc
-    r'4(00|22)(.{,100}(unsupported.?(param|value)|invalid model)|.*("code": ?"(unsupported_|unknown_param|'
-    r'invalid_param|model_not_found)|"param": ?"(?!messages|prompt)\w|"loc": ?\["body", ?"(?!messages)))')
-VERDICTS = (  # the first pattern that fits "STATUS BODY": what stops the job, or "" where this caption alone fails
-    (r"402|429.*insufficient_quota", "the account has no credit left"),
-    (r"401", "OPENAI_API_KEY is missing or wrong"),
-    (r"403(?!.*(flagged|moderation))", "this key may not use this model or server"),  # OpenRouter flags a caption
-    (r"3|404", "no such --model, or no such --endpoint (has it moved, must it end in /v1?)"),
-    (PARAMETERS, "set --sampling or --model (GPT-5: --sampling max_completion_tokens=2048 reasoning_effort=minimal)"),
-    (r"4(?!08|09|29)", ""),
-)
+LARGEST = 2**20  # bytes of an answer that are read
+TRY_AGAIN = (408, 409, 425, 429, 498, 499)  # beside 5xx and what is no answer at all
 
 
-class RowFailed(Exception):
+class InputError(Exception):
+    """What the user must mend: `run` prints it as one line and exits with code 2."""
+
+
+class CaptionFailed(Exception):
     """Why a caption gets no paraphrases; the others go on."""
 
 
 class Endpoint:
-    """An OpenAI-compatible server, shared by all workers: its connections, the gate before it, the counts."""
+    """An OpenAI-compatible server and the gate before it, shared by all workers."""
+
     def __init__(self, flags):
+        self.flags = flags
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         base = flags.endpoint or os.environ.get("OPENAI_BASE_URL") or OPENAI
-        self.flags, self.key = flags, os.environ.get("OPENAI_API_KEY", "").strip()
         self.url = base.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        if not re.fullmatch(r"https?://([\w-]+(\.[\w-]+)*|\[[\da-fA-F:.]+\])(:\d+)?/[^@?#\s]*", self.url):
-            raise InputError("--endpoint: must be like http://localhost:8000/v1, with no key in it")
-        if not re.fullmatch(r"[!-~]*", self.key) or not self.key and base == OPENAI:
-            raise InputError("OPENAI_API_KEY: set it to your key, or name another server with --endpoint")
+        check_address(self.url, self.key)
+
         self.session = requests.Session()
-        self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=flags.concurrency))
-        self.session.headers["Authorization"] = f"Bearer {self.key}" if self.key else None
-        # The environment's proxies and certificates, looked up once: at every call that costs a fifth of the speed.
-        self.settings = self.session.merge_environment_settings(self.url, {}, stream=True, verify=None, cert=None)
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=flags.concurrency)
+        self.session.mount(self.url, adapter)
+        if self.key:
+            self.session.headers["Authorization"] = f"Bearer {self.key}"
+        # Proxies and certificates of the environment are looked up once: to do it at every call
+        # costs a tenth of the speed. And without trust_env no ~/.netrc replaces the key.
+        self.settings = self.session.merge_environment_settings(
+            self.url, proxies={}, stream=True, verify=None, cert=None
+        )
         self.session.trust_env = False
-        self.gate, self.lock, self.opens_at, self.next_turn = threading.Lock(), threading.Lock(), 0.0, 0.0
-        self.reached, self.answered, self.tokens, self.trouble = False, 0, Counter(), ""
 
-    def post(self, prompt):
-        """Send one user message. Returns the HTTP status (0 for no answer), the body, its Retry-After in s or None."""
-        with self.gate:  # the first in the queue waits inside, the others behind it
-            while (wait := max(self.opens_at, self.next_turn) - time.monotonic()) > 0:
-                time.sleep(wait)
-            self.next_turn = time.monotonic() + 60 / (self.flags.requests_per_minute or float("inf"))
-        body = {**self.flags.sampling, "model": self.flags.model, "messages": [{"role": "user", "content": prompt}]}
-        limit, said, pause, until = self.flags.timeout, b"", None, time.monotonic() + self.flags.timeout
-        try:
-            with self.session.post(self.url, json=body, timeout=limit, allow_redirects=False, **self.settings) as reply:
-                with contextlib.suppress(HTTPError, ValueError, OverflowError):  # neither seconds nor a date
-                    pause = Retry.DEFAULT.get_retry_after(reply.raw)
-                while len(said) <= LARGEST and (chunk := reply.raw.read1(2**16, decode_content=True)):  # what is there
-                    said += chunk
-                    if time.monotonic() > until:
-                        raise requests.Timeout(f"not whole after {limit:g} s")
-            self.reached, status, text = True, reply.status_code, said[:LARGEST].decode("utf-8", "replace")
-        except (OSError, ValueError, OverflowError, HTTPError) as error:
-            status, text = 0, str(error).rpartition(": ")[2].strip("'\")")
-        return status, text.replace(self.key, "[key]") if len(self.key) >= 16 else text, pause  # shorter is no secret
-
-    def judge(self, status, said, source, may_echo):
-        """The paraphrase of `source` in a chat completion, and what is wrong with it ("" if nothing is)."""
-        if status != 200:
-            return said, f"HTTP {status}" if status else "no answer"
-        try:
-            reply = json.loads(said)
-            choice, usage = reply["choices"][0], reply.get("usage") or {}
-            with self.lock:
-                self.tokens.update({kind: int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion")})
-            answer = choice["message"].get("content") or ""
-            if isinstance(answer, list):  # of parts; those of thoughts have no "text"
-                answer = "".join(part.get("text") or "" for part in answer)
-            return tidy(answer), fault(tidy(answer), source, choice.get("finish_reason"), may_echo)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return said, "no chat completion"
+        self.gate = threading.Lock()
+        self.opens_at = 0.0  # time.monotonic(); until then all workers wait
+        self.lock = threading.Lock()  # of all these values
+        self.good_answers = 0
+        self.tokens = Counter()
+        self.trouble = ""  # the last failure, for the progress bar
 
     def ask(self, prompt, source, may_echo=True):
-        """A good answer to `prompt` about `source`. Raises RowFailed, or InputError if no caption will get one."""
-        tries = Counter()
+        """A good answer to `prompt` about `source`.
+
+        Raises CaptionFailed, or InputError where no other caption can get an answer either.
+        """
+        tries = 0
         while True:
-            answered = self.answered
-            status, said, pause = self.post(prompt.format(source))
-            kind, most = ("bad answers", 3) if status == 200 else ("failed calls", self.flags.max_retries)
-            answer, why = self.judge(status, said, source, may_echo)
-            if not why:
-                self.answered, self.trouble = self.answered + 1, ""
-                return answer
-            reason = f"{why}: {' '.join(answer.split())[:200]}"
-            for pattern, advice in VERDICTS:
-                if re.match("(?is)" + pattern, f"{status} {said}"):
-                    shown = "HTTP 401" if status == 401 else reason  # which may hold half of the key
-                    raise InputError(f"{self.url}: {advice} ({shown})") if advice else RowFailed(reason)
-            # A 429 while others get through is no fault of this caption, and starts its count again.
-            self.trouble, tries[kind] = reason, 0 if status == 429 and self.answered > answered else tries[kind] + 1
-            if tries[kind] > most:
-                error = RowFailed if self.reached else InputError
-                raise error(f"{reason} ({tries[kind]} {kind}; --endpoint: {self.url})")
-            delay = min(pause or random.uniform(0, min(60, 2 ** tries[kind])), 86400)  # full jitter
-            if pause or status == 429:  # close the gate to all workers
-                with self.lock:
-                    self.opens_at = max(self.opens_at, time.monotonic() + delay)
-            elif status != 200:  # a bad answer is asked again at once
-                time.sleep(delay)
+            good_answers = self.good_answers  # before the wait at the gate, in which others succeed
+            status, text, pause = self.post(prompt.format(source))
+            status, completion = read_reply(status, text)
+            if completion:
+                return self.accept(completion, source, may_echo)
+
+            kind = {0: "no answer", 200: "no chat completion"}.get(status, f"HTTP {status}")
+            reason = f"{kind}: {first_words(text)}"
+            self.trouble = reason
+            if status == 401:  # its text may hold half of the key
+                raise InputError(f"{self.url}: HTTP 401: OPENAI_API_KEY is missing or wrong")
+            if status == 402 or (status >= 400 and "insufficient_quota" in text):
+                raise InputError(f"{self.url}: the account has no credit left ({reason})")
+            if 300 <= status < 500 and status not in TRY_AGAIN:
+                raise CaptionFailed(reason)
+
+            tries += 1
+            if status == 429 and pause and self.good_answers > good_answers:
+                tries = 0  # a rate limit that others got through is no fault of this caption
+            if tries > self.flags.max_retries:
+                raise CaptionFailed(f"{reason} ({tries} tries)")
+            if pause:
+                self.hold_back(pause)
+            else:  # only this caption waits, for a time that is drawn: "full jitter"
+                time.sleep(random.uniform(0, min(60, 2**tries)))
+
+    def accept(self, completion, source, may_echo):
+        """The paraphrase in a chat completion. Raises CaptionFailed if it is a bad one."""
+        answer, finish_reason, usage = completion
+        answer = tidy(answer, source)
+        problem = problem_with(answer, source, finish_reason, may_echo)
+        with self.lock:
+            with contextlib.suppress(TypeError, ValueError, LookupError):  # no such counts
+                self.tokens["sent"] += int(usage["prompt_tokens"])
+                self.tokens["answered"] += int(usage["completion_tokens"])
+            if not problem:
+                self.good_answers += 1
+                self.trouble = ""
+        if problem:  # asked again at the paper's top_p of 0.1, it would come back as it is
+            raise CaptionFailed(f"{problem}: {first_words(answer)}")
+        return answer
+
+    def post(self, prompt):
+        """Send one user message. Returns the HTTP status, the answer's text and its Retry-After.
+
+        The status is 0 where no whole answer came; then the text says why.
+        """
+        self.pass_gate()
+        deadline = time.monotonic() + self.flags.timeout
+        message = {"role": "user", "content": prompt}
+        body = {**self.flags.sampling, "model": self.flags.model, "messages": [message]}
+        options = {"timeout": self.flags.timeout, "allow_redirects": False, **self.settings}
+        try:
+            with self.session.post(self.url, json=body, **options) as reply:
+                status = reply.status_code
+                if status < 200:
+                    # http.client takes an interim status (103) for the answer. The true one is
+                    # still to come, and would be the next call's: so the connection is dropped,
+                    # as `with` does where a body has not been read.
+                    raise requests.ConnectionError(f"interim status {status}")
+                text = read_body(reply.raw, deadline) or reply.headers.get("Location", "")
+                pause = seconds_of(reply.headers.get("Retry-After"))
+        except Exception as error:  # noqa: BLE001 - whatever breaks on the way
+            status = 0
+            text = str(error).rpartition(": ")[2].strip("'\")")
+            pause = 0
+        if len(self.key) >= 16:  # a shorter one, such as EMPTY, is no secret
+            text = re.sub(re.escape(self.key[:8]) + r"[^\s\"'\\]*", "(key)", text)
+        return status, text, pause
+
+    def pass_gate(self):
+        """Wait until the gate is open; with --requests-per-minute close it behind oneself."""
+        with self.gate:  # the first in the queue waits inside, the others behind it
+            while time.monotonic() < self.opens_at:
+                time.sleep(max(0, self.opens_at - time.monotonic()))
+            if self.flags.requests_per_minute:
+                self.hold_back(60 / self.flags.requests_per_minute)
+
+    def hold_back(self, seconds):
+        """Close the gate before all workers, for so long from now on."""
+        with self.lock:
+            self.opens_at = max(self.opens_at, time.monotonic() + seconds)
 
 
-# ---------------------------------------------------------------- what the three scripts share
+def check_address(url, key):
+    """Raise InputError for an endpoint or a key that no request can be sent with."""
+    try:
+        requests.Request("POST", url).prepare()
+    except ValueError:
+        url = ""
+    if not re.fullmatch(r"https?://[^@?#\s]+", url):
+        raise InputError("--endpoint: must be like http://localhost:8000/v1, without user or query")
+    if not re.fullmatch(r"[!-~]*", key):
+        raise InputError("OPENAI_API_KEY: holds a character that no key has; set it again")
+    if not key and url.startswith(OPENAI):
+        raise InputError("OPENAI_API_KEY: set it, or name a server of your own with --endpoint")
+
+
+def read_body(raw, deadline):
+    """The text of an answer, as far as it is read. Raises Timeout if it trickles too slowly."""
+    body = b""
+    while len(body) < LARGEST:
+        chunk = raw.read1(2**16, decode_content=True)  # what is there by now
+        if not chunk:
+            break
+        body += chunk
+        if time.monotonic() > deadline:
+            raise requests.Timeout("the answer was not whole within --timeout")
+    return body.decode("utf-8", "replace")
+
+
+def read_reply(status, text):
+    """The status of a call, and of a chat completion (answer, finish reason, usage), or None.
+
+    Some gateways answer 200 and say the status in the body: {"error": {"code": 429, ...}}.
+    """
+    if not 200 <= status < 300:
+        return status, None
+    try:
+        reply = json.loads(text)
+        code = (reply.get("error") or {}).get("code")
+        if code in range(400, 600):
+            return code, None
+        choice = reply["choices"][0]
+        content = choice["message"].get("content") or ""
+        if isinstance(content, list):  # of parts; thoughts are parts without a "text"
+            content = "".join(part.get("text") or "" for part in content)
+        return 200, (content.strip(), choice.get("finish_reason"), reply.get("usage"))
+    except Exception:  # noqa: BLE001 - whatever else a server sends
+        return 200, None
+
+
+def seconds_of(retry_after):
+    """The seconds that a Retry-After header asks for, as a number or a date; 0 for neither."""
+    seconds = 0
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        date = email.utils.parsedate_tz(retry_after)
+        seconds = email.utils.mktime_tz(date) - time.time()
+    with contextlib.suppress(TypeError, ValueError):
+        seconds = float(retry_after)
+    return seconds if 0 < seconds <= 24 * 60 * 60 else 0
+
+
+def first_words(text):
+    """The beginning of a text, on one line, for a message."""
+    return " ".join(text.split())[:200]
+
+
+# ---------------------------------------------------------------- the job
 
 ROW_KEYS = ("image_id", "caption", "paraphrase_1", "paraphrase_2")  # the paper's x_I, T, T', T''
-SAFE = re.compile(r"(?!\s*$|/|(.*/)?\.\.(/|$))[^\\\0\n\r]+")  # an image_id that stays below its root, on any system
-BAR_SECONDS = 0.3 if sys.stderr.isatty() else 30  # between two states of a progress bar; few of them in a log file
-std.time = time.monotonic  # of every bar: its rate and time left don't follow a clock that is set
+FAILURES_AT_START = 20  # captions, before any good answer: then the set-up is to blame
+FAILURES_IN_A_ROW = 100  # captions, later on
+BAR_SECONDS = 0.3 if sys.stderr.isatty() else 30  # between two states of a bar; few in a log file
 
 
-class InputError(Exception):
-    """What the user must mend: `run` prints it as one line on stderr and exits with code 2."""
+def generate(flags):
+    """The whole job. Returns the exit code."""
+    endpoint = Endpoint(flags)
+    rows = RowFile(flags.output, ROW_KEYS)
+    journal = RowFile(f"{flags.output}.failed", ROW_KEYS[:2])
+    old_journal = ".failed".join(os.path.splitext(flags.output))
+    if os.path.exists(old_journal):
+        print(f"{old_journal}: an older version's notes of what failed are not read; to leave those "
+              f"captions out, cat {old_journal} >> {journal.path} and remove it")
+
+    # The captions are read twice: to count them before the first call is paid, and to work.
+    count = Counter()
+    captions = tqdm(read_captions(flags.captions), "reading captions", leave=False, disable=None)
+    for _ in captions_to_do(captions, flags, rows.keys, journal.keys, count):
+        pass
+    print("{kept:,} captions kept, {left_out:,} left out by their number of words, {doubles:,} "
+          "doubles; {written:,} have a row, {to_do:,} are to do".format_map(count))
+    if not count["kept"]:
+        raise InputError(f"{' '.join(flags.captions)}: no caption is kept")
+
+    captions = read_captions(flags.captions)
+    captions = captions_to_do(captions, flags, rows.keys, journal.keys, Counter())
+    new = write_rows(captions, count["to_do"], endpoint, rows, journal)
+    print(f"{flags.output}: {new:,} rows more; {endpoint.tokens['sent']:,} tokens sent, "
+          f"{endpoint.tokens['answered']:,} answered")
+    without_row = count["kept"] - count["written"] - new
+    if without_row:
+        print(f"{without_row:,} captions are without a row; --retry-failed asks again for those "
+              f"in {journal.path}, which says why they failed")
+        return 1
+    return 0
 
 
-def run(main):
-    """Call main() and exit with its code; with 2 and one line on stderr for what the user must mend, 130 for Ctrl-C."""
-    try:
-        sys.exit(main())
-    except (InputError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # under torchrun rank 0 says it first, and the others are ended
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped: what is written is kept; run the same command again", file=sys.stderr)
-        sys.exit(130)
-
-
-def at_least(least, kind=int):
-    """An argparse type: a number of `kind`, `least` or more."""
-    def number(text):
-        if kind(text) >= least:  # false for nan
-            return kind(text)
-        raise ArgumentTypeError(f"{text}: must be {least} or more")
-    return number
-
-
-@contextlib.contextmanager
-def reading(place):
-    """The guard around all that reads a file: what it raises becomes an InputError that names `place` (or place())."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (InputError, FileNotFoundError)):  # they say enough
-            raise
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{place() if callable(place) else place}: can't be read: {said}") from None
-
-
-@contextlib.contextmanager
-def atomic_write(path, mode="w"):
-    """Open a file that replaces `path` when the block ends well; if it fails, the old one stays whole."""
-    part = f"{path}.{os.uname().nodename}-{os.getpid()}.part"  # no other process's, on any host that shares the disk
-    try:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        error.filename = error.filename or path
-        raise
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
-
-
-def expand(patterns):
-    """Yield the files that paths or globs name, each glob's sorted; no glob finds *.failed.*, which has no rows."""
-    for pattern in patterns:
-        found = sorted(path for path in glob.glob(pattern, recursive=True) if ".failed." not in os.path.basename(path))
-        yield from [pattern] if os.path.exists(pattern) or not found else found
-
-
-def json_object(line):
-    """The dict in a line of JSON (bytes). Half an emoji, which UTF-8 can't hold, becomes "?"; image_id 7, "7"."""
-    row = json.loads(line.decode().removeprefix("\ufeff"))
-    if b"\\ud" in line.lower():
-        row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
-    if type(row.get("image_id")) is int:
-        row["image_id"] = str(row["image_id"])
-    return row
-
-
-def parsed_lines(path, parse=json_object):
-    """Yield ("file:line", byte offset, parse(line)) of the lines that aren't blank. Raises InputError at file:line."""
-    offset = number = 0
-    with reading(lambda: f"{path}:{number}"), open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.isspace():
-                yield f"{path}:{number}", offset, parse(line)
-            offset += len(line)
-
-
-def read_rows(patterns, needed=ROW_KEYS, readers=None):
-    """Yield (path, "path:line", byte offset, row) of JSON lines, or as `readers` say by a name's ending."""
-    for path in expand(patterns):
-        place = path
-        with reading(lambda: place):  # noqa: B023 - the latest is meant
-            for place, offset, row in (readers or {}).get(os.path.splitext(path)[1], parsed_lines)(path):
-                texts = [row[key].strip() for key in needed]
-                if not SAFE.fullmatch(row["image_id"]) or needed is ROW_KEYS and not all(texts):
-                    raise ValueError(f"a blank text, or image_id {row['image_id']!r} points out of the image root")
-                yield path, place, offset, row
-                place = path  # until the reader has told the next one
+def captions_to_do(captions, flags, written, failed, count):
+    """Yield the captions to ask for now. `count` tells what became of all of them."""
+    shard, shards = flags.shard
+    seen = set()
+    for row in captions:
+        if not flags.min_words <= len(row["caption"].split()) <= flags.max_words:
+            count["left_out"] += 1
+            continue
+        key = key_of(row)
+        if key in seen:
+            count["doubles"] += 1
+            continue
+        position = len(seen)
+        seen.add(key)
+        if position % shards != shard:
+            continue
+        count["kept"] += 1
+        has_failed = key in failed
+        if key in written:
+            count["written"] += 1
+        elif has_failed == flags.retry_failed:  # either those that failed, or those that did not
+            count["to_do"] += 1
+            yield row
+        if count["kept"] == flags.limit:
+            return
 
 
 def key_of(row):
@@ -296,263 +401,529 @@ def key_of(row):
     return hash((row["image_id"], row["caption"]))
 
 
-def tar_files(tar):
-    """Yield the files of an open tarfile. Raises ValueError for damage and cuts, which tarfile may take for the end."""
-    yield from filter(tarfile.TarInfo.isfile, iter(tar.next, None))
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(512) != bytes(512):
-        raise ValueError(f"{tar.name} is damaged or cut off at byte {tar.offset:,}")
+def write_rows(captions, total, endpoint, rows, journal):
+    """Ask for `captions`; each is in `rows` or in `journal` at once. Returns how many rows.
+
+    Until one answer is good, failures are the set-up's fault and not the captions': those wait
+    in memory, and the first good answer has them journalled.
+    """
+    flags = endpoint.flags
+    waiting = []
+    failed = 0
+    failed_in_a_row = 0
+    look_at = 0.0
+    with tqdm(total=total, unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
+        for ended in in_threads(captions, endpoint.ask, flags.concurrency):
+            if time.monotonic() > look_at:
+                show(bar, failed, endpoint)
+                rows.sync()
+                journal.sync()
+                look_at = time.monotonic() + 0.5
+            if ended is None:
+                continue
+
+            row, error = ended
+            if error is None:
+                rows.append(row)
+                failed_in_a_row = 0
+            elif isinstance(error, CaptionFailed):
+                waiting.append({**row, "reason": str(error)})
+                failed += 1
+                failed_in_a_row += 1
+            else:
+                raise error
+
+            most = min(total, FAILURES_AT_START)
+            if endpoint.good_answers or flags.retry_failed:
+                most = FAILURES_IN_A_ROW
+                for failed_row in waiting:
+                    journal.append(failed_row)
+                waiting.clear()
+            if failed_in_a_row >= most and not flags.retry_failed:
+                raise InputError(
+                    f"{most} captions failed one after another, the last: {error}; "
+                    f"are --model {flags.model}, --endpoint {endpoint.url} and --sampling right?"
+                )
+            bar.update()
+        show(bar, failed, endpoint)
+    rows.sync()
+    journal.sync()
+    return bar.n - failed
 
 
-def read_captions(patterns):
-    """What read_rows yields, of captions: files of any kind that READERS has, each row without paraphrases."""
-    return read_rows(patterns, ROW_KEYS[:2], READERS)
+def in_threads(captions, ask, workers):
+    """Run two_step on each caption. Yields (row, error or None) as they end.
 
+    Yields None after each half a second in which none has ended.
+    """
+    todo = queue.SimpleQueue()
+    ended = queue.SimpleQueue()
 
-def text_of(line):
-    """The text of a line of bytes, without its end."""
-    return line.decode().strip("\ufeff\r\n")
-
-
-def read_txt(path):
-    for place, offset, caption in parsed_lines(path, text_of):
-        yield place, offset, {"image_id": place.rpartition(":")[2], "caption": caption}
-
-
-def read_tsv(path):
-    """A quote is CSV's where it opens and closes a whole cell; else, as in 5" lamp, it stands for itself."""
-    header = None
-    for place, offset, line in parsed_lines(path, text_of):
-        cells = line.split("\t")
-        if '"' in line:
-            with contextlib.suppress(csv.Error):  # a line at a time: no quote swallows the next one
-                cells = next(csv.reader([line], "excel-tab", strict=True))
-        header = header or cells
-        if len(cells) != len(header) or "filepath" not in header or "title" not in header:
-            raise InputError(f"{place}: must have the header's columns, filepath and title among them")
-        if cells is not header:
-            yield place, offset, {"image_id": cells[header.index("filepath")], "caption": cells[header.index("title")]}
-
-
-def read_tar(path):
-    """A sample is the members that share a key; its caption is in .txt, or in .json under "caption"."""
-    shard = os.path.basename(path).removesuffix(".tar")
-    with tarfile.open(path, "r:") as tar:
-        for key, files in itertools.groupby(tar_files(tar), lambda file: re.sub(r"^\./|\.[^/]*$", "", file.name)):
-            texts = {ending: tar.extractfile(file).read() for file in files
-                     if (ending := file.name.rpartition(".")[2]) in ("txt", "json")}
-            tar.members.clear()  # or tarfile would remember them all
-            caption = text_of(texts.get("txt", b"")) or json_object(texts.get("json", b"{}")).get("caption") or ""
-            yield f"{path}:{key}", tar.offset, {"image_id": f"{shard}/{key}", "caption": caption}
-
-
-READERS = {".txt": read_txt, ".tsv": read_tsv, ".jsonl": parsed_lines, ".tar": read_tar}
-
-
-# ---------------------------------------------------------------- the job, and what comes after it
-
-
-def keys_of(file, needed):
-    """The keys of the rows in `file`. A last line that a kill has torn is cut off; one that lacks its end gets it."""
-    end = file.seek(0, os.SEEK_END)
-    last = os.pread(file.fileno(), LARGEST, max(0, end - LARGEST)).rpartition(b"\n")[2]
-    torn = b'{"image_id":'.startswith(last[:12])
-    with contextlib.suppress(ValueError):
-        json.loads(last)
-        torn = False
-    if torn and len(last) < end:
-        next(read_rows([file.name], needed), None)  # raises InputError before the cut, if this is no file of rows
-    file.truncate(end - len(last) * torn)
-    keys = {key_of(row) for *_, row in read_rows([file.name], needed)}
-    file.write(b"\n" if last and not torn else b"")
-    return keys
-
-
-def append(file, row):
-    """Append `row` as a line, whole or not at all. `file` is unbuffered: kill -9 loses nothing."""
-    end, row = file.seek(0, os.SEEK_END), {"image_id": row["image_id"], **row}  # first: see keys_of
-    line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-    with contextlib.suppress(OSError):
-        if file.write(line) == len(line):
-            return
-    file.truncate(end)
-    raise InputError(f"{file.name}: can't be written, is the disk full? Make room, and the same command resumes")
-
-
-def plan(flags, done):
-    """The keys of the captions that are kept, by one pass before the first paid call."""
-    kept, ids, strange, left_out, limit = set(), set(), len(done), 0, flags.limit or sys.maxsize
-    captions = tqdm(read_captions(flags.captions), "reading captions", unit="", leave=False, disable=None)
-    for n, (_, place, _, row) in enumerate(captions):
-        image = row["image_id"]
-        if hash(image) in ids:
-            first = next(first for _, first, _, other in read_captions(flags.captions) if other["image_id"] == image)
-            raise InputError(f'image_id "{image}" is there twice: {first} and {place}')
-        ids.add(hash(image))
-        if n % flags.shard[1] == flags.shard[0]:
-            strange -= key_of(row) in done
-            if not max(flags.min_words, 1) <= len(row["caption"].split()) <= flags.max_words:
-                left_out += 1
-            elif len(kept) < limit:
-                kept.add(key_of(row))
-        if len(kept) == limit and not strange:
-            break
-    print(f"{len(kept):,} captions kept, {left_out:,} left out (--min-words, --max-words)")
-    if strange:
-        raise InputError(f"{flags.output}: {strange:,} of its rows are of another job or --shard; give it its own")
-    if not kept:
-        raise InputError(f"{' '.join(flags.captions)}: no caption is kept")
-    return kept
-
-
-def work(flags, endpoint, captions, rows, journal, bar):
-    """Paraphrase `captions` in threads; this one writes each to `rows` or `journal` at once. Returns the counts."""
-    todo, finished, count, due = queue.SimpleQueue(), queue.SimpleQueue(), Counter(), 0
-
-    def worker():
+    def work():
         while True:
             row = todo.get()
             try:
-                row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
-                finished.put((row, None))
-            except Exception as error:  # noqa: BLE001 - raised below
-                finished.put((row, error))
+                row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], ask)
+                ended.put((row, None))
+            except Exception as error:  # noqa: BLE001 - raised by write_rows
+                ended.put((row, error))
 
-    for row in itertools.islice(captions, flags.concurrency):  # a worker's next comes when its last is written
-        todo.put(row)
-        threading.Thread(target=worker, daemon=True).start()
-        count["running"] += 1
-    while count["running"]:
-        with contextlib.suppress(queue.Empty):
-            row, error = finished.get(timeout=0.3)
-            if error and not isinstance(error, RowFailed):
-                raise error
-            append(journal if error else rows, {**row, "reason": str(error)} if error else row)
-            count.update(done=1, failed=1 if error else 0)
-            count["in a row"] = count["in a row"] + 1 if error else 0
-            if count["in a row"] >= (1000 if endpoint.answered or flags.retry_failed else 100):  # the server's fault
-                raise InputError(f"{count['in a row']} captions failed one after another, the last: {error}")
-            if row := next(captions, None):
-                todo.put(row)
-            else:
-                count["running"] -= 1
-        if time.monotonic() < due and count["running"]:
-            continue
-        due = time.monotonic() + 0.3
-        os.fsync(rows.fileno())
-        tokens, pause = endpoint.tokens, endpoint.opens_at - time.monotonic()
-        spent = (tokens["prompt"] * flags.price_in + tokens["completion"] * flags.price_out) / 1e6
-        shown = (f"{tokens.total():,} tokens",
-                 spent and f"${spent:.2f} of about ${spent / max(count['done'], 1) * bar.total:.2f}",
-                 f"{count['failed']} failed", pause > 1 and f"all wait {pause:.0f} s",
-                 endpoint.trouble and f"last: {endpoint.trouble[:60]}")
-        bar.set_postfix_str(", ".join(filter(None, shown)), refresh=False)
-        bar.update(count["done"] - bar.n)
-    return count
-
-
-def generate(flags):
-    """The whole job. Returns the exit code."""
-    endpoint, failed_path = Endpoint(flags), "{}.failed{}".format(*os.path.splitext(flags.output))
-    os.makedirs(os.path.dirname(flags.output) or ".", exist_ok=True)
-    with open(flags.output, "ab+", buffering=0) as rows, open(failed_path, "ab+", buffering=0) as journal:
+    busy = 0
+    for row in itertools.islice(captions, workers):
         try:
-            fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{flags.output}: another generate.py is writing to it; give this one its own") from None
-        done, failed = keys_of(rows, ROW_KEYS), keys_of(journal, ROW_KEYS[:2])
-        left = plan(flags, done) - done
-        todo = left & failed if flags.retry_failed else left - failed
-        print(f"{len(done):,} rows stand in {flags.output}; {len(todo):,} captions to do")
-        captions = (row for *_, row in read_captions(flags.captions) if key_of(row) in todo)
-        with tqdm(total=len(todo), unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
-            count = work(flags, endpoint, itertools.islice(captions, len(todo)), rows, journal, bar)
-    tokens, new = endpoint.tokens, count["done"] - count["failed"]
-    print(f"{flags.output}: {new:,} rows more; tokens: {tokens['prompt']:,} in, {tokens['completion']:,} out")
-    if new < len(left):
-        print(f"{len(left) - new:,} captions are without a row; --retry-failed asks again for those in {failed_path}")
-    return 1 if new < len(left) else 0
+            threading.Thread(target=work, daemon=True).start()
+        except RuntimeError:
+            raise InputError(f"--concurrency: only {busy} threads could be started") from None
+        todo.put(row)
+        busy += 1
+    while busy:
+        try:
+            yield ended.get(timeout=0.5)
+        except queue.Empty:
+            yield None
+            continue
+        row = next(captions, None)  # only now, when the last one is written
+        if row is None:
+            busy -= 1
+        else:
+            todo.put(row)
+
+
+def show(bar, failed, endpoint):
+    """Bring the progress bar up to date."""
+    shown = [f"{endpoint.tokens.total():,} tokens", f"{failed:,} failed"]
+    spent = endpoint.tokens["sent"] * endpoint.flags.price_in / 1e6
+    spent += endpoint.tokens["answered"] * endpoint.flags.price_out / 1e6
+    if spent and bar.n:
+        shown.append(f"${spent:.2f} of about ${spent / bar.n * bar.total:.2f}")
+    pause = endpoint.opens_at - time.monotonic()
+    if pause > 1:
+        shown.append(f"all wait {pause:.0f} s")
+    if endpoint.trouble:
+        shown.append(f"last: {endpoint.trouble[:60]}")
+    bar.set_postfix_str(", ".join(shown), refresh=False)
+    bar.update(0)
+
+
+class RowFile:
+    """A file to which rows are appended: made with the first one, locked while this process runs.
+
+    keys: those of the rows that were in it at the start.
+    """
+
+    def __init__(self, path, needed):
+        self.path = path
+        self.file = None
+        self.keys = set()
+        if not os.path.exists(path):
+            return
+        self.open("ab+")
+        end = 0
+        for end, row in tqdm(read_rows(path, needed), "reading rows", leave=False, disable=None):
+            self.keys.add(key_of(row))
+        self.file.truncate(end)  # cut off a torn row, now that all before it are known to be rows
+        if end and os.pread(self.file.fileno(), 1, end - 1) != b"\n":
+            self.file.write(b"\n")  # which an editor has taken away
+
+    def open(self, mode):
+        try:
+            self.file = open(self.path, mode, buffering=0)  # noqa: SIM115 - for as long as we run
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, FileExistsError):
+            raise InputError(
+                f"{self.path}: another generate.py writes to it; give this one another --output"
+            ) from None
+
+    def append(self, row):
+        """Write a row as one line, whole or not at all. Not buffered: kill -9 loses nothing."""
+        if self.file is None:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            self.open("xb")  # an error if another process has made it meanwhile
+        row = {"image_id": row["image_id"], **row}  # as ROW_START says
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        end = self.file.seek(0, os.SEEK_END)
+        written = 0
+        with contextlib.suppress(OSError):
+            written = self.file.write(line)
+        if written < len(line):
+            self.file.truncate(end)
+            raise InputError(f"{self.path}: can't be written; is the disk full? The same command "
+                             "goes on when there is room")
+
+    def sync(self):
+        """Wait until the disk has it all."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
+
+# ---------------------------------------------------------------- readers of captions and rows
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", "")  # "": a member that is named KEY itself
+ROW_START = b'{"image_id": '  # of each line that RowFile writes
+
+
+class Lines:
+    """The lines of a file that are not blank. `place` and `end` tell how far it is read."""
+
+    def __init__(self, path):
+        self.path = path
+        self.place = path
+        self.end = 0  # in bytes
+
+    def __iter__(self):
+        with open(self.path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                self.place = f"{self.path}:{number}"
+                self.end += len(line)
+                if not line.isspace():
+                    yield line
+
+
+def read_txt(lines):
+    """A caption on each line; its image_id is NAME/LINE."""
+    for line in lines:
+        number = lines.place.rpartition(":")[2]
+        yield {"image_id": f"{name_of(lines.path)}/{number}", "caption": text_of(line)}
+
+
+def read_tsv(lines):
+    """open_clip's format: a header with filepath and title. A quote is a character like others."""
+    header = None
+    for line in lines:
+        cells = text_of(line).split("\t")
+        header = header or cells
+        if len(cells) != len(header) or "filepath" not in header or "title" not in header:
+            raise ValueError("each line needs the header's columns, filepath and title among them")
+        columns = dict(zip(header, cells))
+        if cells is not header:
+            yield {"image_id": columns["filepath"], "caption": columns["title"]}
+
+
+def read_jsonl(lines):
+    """JSON objects with image_id and caption; their other keys are carried along.
+
+    The start of a row that a kill has torn, at the end of the file, is passed over.
+    """
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if line.endswith(b"\n") or not ROW_START.startswith(line[: len(ROW_START)]):
+                raise
+            print(f"{lines.place}: is torn, and left out", file=sys.stderr)
+            return
+        if isinstance(row.get("image_id"), int):
+            row["image_id"] = str(row["image_id"])
+        if row.get("caption", "") is None:
+            row["caption"] = ""
+        yield row
+
+
+def read_tar(shard):
+    """img2dataset's: the caption of the image KEY.jpg is KEY.txt, whatever dots KEY has."""
+    members = set()
+    captions = {}
+    with tarfile.open(shard.path, "r:") as tar:
+        for member in tar_files(tar):
+            key = member.name.removeprefix("./")
+            members.add(key)
+            shard.place = f"{shard.path}:{key}"
+            if key.endswith(".txt"):
+                captions[key.removesuffix(".txt")] = text_of(tar.extractfile(member).read())
+    for key, caption in captions.items():
+        if any(key + ending in members for ending in IMAGE_ENDINGS):
+            yield {"image_id": f"{name_of(shard.path)}/{key}", "caption": caption}
+
+
+def tar_files(tar):
+    """Yield the files of an open tar. Raises ValueError where tarfile takes damage for the end."""
+    for member in iter(tar.next, None):
+        if member.isfile():
+            yield member
+        tar.members.clear()  # or tarfile would remember them all
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(512) != bytes(512):
+        raise ValueError(f"damaged or cut off at byte {tar.offset:,}")
+
+
+READERS = {".txt": read_txt, ".tsv": read_tsv, ".jsonl": read_jsonl, ".tar": read_tar}
+
+
+def read_captions(patterns):
+    """Yield the captions in files of any kind, as rows that have no paraphrases yet."""
+    paths = {}
+    for path in expand(patterns):
+        ending = os.path.splitext(path)[1]
+        if ending not in READERS:
+            raise InputError(f"{path}: its name must end in one of {', '.join(READERS)}")
+        if ending in (".txt", ".tar"):  # whose image_ids begin with the name
+            first = paths.setdefault(name_of(path), path)
+            if first != path:
+                raise InputError(f"{first} and {path}: one name would give equal image_ids")
+        for _, row in read_rows(path, ROW_KEYS[:2], READERS[ending]):
+            yield row
+
+
+def read_rows(path, needed=ROW_KEYS, reader=read_jsonl):
+    """Yield (the byte after it, the row) of each row in a file.
+
+    The one guard of all that is read: what a reader raises becomes a line that names the place.
+    """
+    lines = Lines(path)
+    try:
+        for row in reader(lines):
+            check_row(row, needed)
+            yield lines.end, row
+    except OSError:  # it names the file
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise InputError(f"{lines.place}: can't be read: {error}") from None
+
+
+def check_row(row, needed):
+    """Raise TypeError unless a row has its texts, and an image_id that stays below a root.
+
+    Half an emoji, which no file can hold, becomes "?" here.
+    """
+    for key in needed:
+        if not isinstance(row.get(key), str):
+            raise TypeError(f'has no text "{key}"')
+        row[key] = row[key].encode("utf-8", "replace").decode()
+    folders = row["image_id"].replace("\\", "/").split("/")
+    if not folders[0].strip() or ".." in folders:
+        raise TypeError(f"image_id {row['image_id']!r} is no path below an image root")
+
+
+def name_of(path):
+    """The name of a file, without its folder and ending."""
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def text_of(line):
+    """The text in a line of bytes, without its end."""
+    return line.decode().strip("\ufeff\r\n")
+
+
+def expand(patterns):
+    """The files that the paths or globs name, each once, those of one glob sorted."""
+    paths = {}
+    for pattern in patterns:
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise InputError(f"{pattern}: no such file")
+        for path in found:
+            paths.setdefault(os.path.realpath(path), path)
+    return paths.values()
+
+
+# ---------------------------------------------------------------- what comes after the job
+
+
+def all_rows(patterns):
+    """Yield the rows of all files, with a progress bar."""
+    with tqdm(unit=" rows", mininterval=BAR_SECONDS) as bar:
+        for path in expand(patterns):
+            for _, row in read_rows(path):
+                bar.update()
+                yield row
 
 
 def export_chat(flags):
-    """Section 3: each row as two chats, one a step, to instruction-tune a LLaMA that paraphrases the other captions."""
+    """Section 3: each row as two chats, one a step, to tune a LLaMA that does the rest."""
     with atomic_write(flags.export_chat) as file:
-        for *_, row in tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS):
-            texts = [row[key] for key in ROW_KEYS[1:]]
-            for prompt, source, answer in zip(PROMPTS, texts, texts[1:]):
-                chat = [{"role": "user", "content": prompt.format(source)}, {"role": "assistant", "content": answer}]
-                file.write(json.dumps({"messages": chat}, ensure_ascii=False) + "\n")
+        for row in all_rows(flags.captions):
+            for prompt, source, answer in zip(PROMPTS, ROW_KEYS[1:], ROW_KEYS[2:]):
+                question = {"role": "user", "content": prompt.format(row[source])}
+                reply = {"role": "assistant", "content": row[answer]}
+                chat = json.dumps({"messages": [question, reply]}, ensure_ascii=False)
+                file.write(chat + "\n")
 
 
 def write_sheet(flags):
-    """Does this LLM do what section 2.1 asks? A random sample of the rows as a table to read, and means over all."""
-    size, sample, chance, sums = flags.limit or 100, [], random.Random(0), Counter(rows=0)
-    for n, (*_, row) in enumerate(tqdm(read_rows(flags.captions), unit=" rows", mininterval=BAR_SECONDS)):
-        cells = [" ".join(row[key].split()) for key in ROW_KEYS]  # no tab or line end
-        t, t1, t2 = words = [re.findall(r"\w+", text.casefold()) for text in cells[1:]]
-        kept_1, kept_2 = (len({*old} & {*new}) / max(len({*old}), 1) for old, new in itertools.pairwise(words))
-        sums.update(rows=1, t=len(t), t1=len(t1), t2=len(t2), kept_1=kept_1, kept_2=kept_2, most=kept_2 > 0.8,
-                    same=cells[1] == cells[2])
-        if (place := n if n < size else chance.randrange(n + 1)) < size:
-            sample[place:place + 1] = [[*cells, round(100 * kept_2)]]
+    """Does this LLM do what section 2.1 asks? A random sample of rows to read, and figures of all.
+
+    The most frequent T' and T'' show what no rule knows: a placeholder, a refusal in another
+    language, one sentence for many captions.
+    """
+    size = flags.limit or 100
+    chance = random.Random(0)
+    sample = []
+    sums = Counter()
+    seen = set()  # hashes of all texts: five million of the texts themselves would not fit
+    repeats = {"T'": Counter(), "T''": Counter()}
+    for row in all_rows(flags.captions):
+        cells = [" ".join(row[key].split()) for key in ROW_KEYS]  # without tabs and line ends
+        _, t, t1, t2 = cells
+        kept_2 = share_kept(t1, t2)
+        sums.update(
+            rows=1,
+            t=len(words_of(t)),
+            t1=len(words_of(t1)),
+            t2=len(words_of(t2)),
+            kept_1=share_kept(t, t1),
+            kept_2=kept_2,
+            most=int(kept_2 > 0.8),
+            same=int(t == t1),
+        )
+        for name, text in (("T'", t1), ("T''", t2)):
+            if hash((name, text)) in seen:
+                repeats[name][text] += 1
+            seen.add(hash((name, text)))
+        place = chance.randrange(sums["rows"])  # so each row is as likely in the sample
+        if len(sample) < size:
+            sample.append([*cells, round(100 * kept_2)])
+        elif place < size:
+            sample[place] = [*cells, round(100 * kept_2)]
+
     with atomic_write(flags.sheet) as file:
-        csv.writer(file, "excel-tab").writerows([["image_id", "T", "T'", "T''", "% of T' kept in T''"], *sample])
-    means = {name: total / max(sums["rows"], 1) for name, total in sums.items()}
-    print(f"{sums['rows']:,} rows. " + "Words: T {t:.1f}, T' {t1:.1f}, T'' {t2:.1f}; of T kept in T' {kept_1:.0%}, of "
-          "T' in T'' {kept_2:.0%} (more than 80% in {most:.1%} of the rows); T' is T in {same:.1%}".format_map(means))
+        header = ["image_id", "T", "T'", "T''", "% of T' kept in T''"]
+        csv.writer(file, "excel-tab").writerows([header, *sample])
+    means = {name: total / sums["rows"] for name, total in sums.items()}
+    print(f"{sums['rows']:,} rows. " + FIGURES.format_map(Counter(means)))
+    for name, counted in repeats.items():
+        print(f"The most frequent {name}, of those that are there twice or more:")
+        for text, n in counted.most_common(3):
+            print(f"{n + 1:9,} x {text[:80]}")
+
+
+FIGURES = (
+    "Words: T {t:.1f}, T' {t1:.1f}, T'' {t2:.1f}; of T kept in T' {kept_1:.0%}, of T' in T'' "
+    "{kept_2:.0%} (more than 80% in {most:.1%} of the rows); T' is T in {same:.1%}"
+)
+
+
+def share_kept(text, paraphrase):
+    """The share of a text's words that stand in its paraphrase too."""
+    words = set(words_of(text))
+    kept = words & set(words_of(paraphrase))
+    return len(kept) / max(len(words), 1)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open a file that replaces `path` when the block ends well; if not, the old one stays."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+# ---------------------------------------------------------------- flags, and main
+
+
+def run(main):
+    """Call main() and exit with its code; with 2 and one line for what the user must mend."""
+    try:
+        sys.exit(main())
+    except (InputError, OSError) as error:
+        print(f"generate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: what is written stays, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def at_least(least, kind=int):
+    """An argparse type: a number of `kind`, `least` or more."""
+
+    def number(text):
+        value = kind(text)
+        if value >= least:  # false for nan
+            return value
+        raise ArgumentTypeError(f"{text}: must be {least} or more")
+
+    return number
 
 
 def key_value(text):
     """An argparse type: KEY=VALUE, the value as JSON where it is JSON, else as text."""
-    key, value = text.split("=", 1)
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ArgumentTypeError(f"{text} is no KEY=VALUE; CAPTIONS stand before the flags")
     with contextlib.suppress(ValueError):
         value = json.loads(value)
     return key, value
 
 
+def shard_of(text):
+    """An argparse type: i/n."""
+    shard, shards = map(int, text.split("/"))
+    if not 0 <= shard < shards:
+        raise ArgumentTypeError(f"{text}: must be i/n with i from 0 to n-1")
+    return shard, shards
+
+
 def parse_args(argv=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    flag, goal = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
-    whole, real = at_least(0), at_least(0, float)
-    flag("captions", nargs="+", metavar="CAPTIONS", help=".txt, a caption a line; .tsv with filepath and title; .jsonl "
-         "with image_id and caption; img2dataset's .tar; or globs. For an export, rows")
-    goal("--output", metavar="ROWS.jsonl", help="the rows; captions that fail go to ROWS.failed.jsonl beside it")
-    goal("--export-chat", metavar="FILE", help="write the rows in CAPTIONS as chat pairs to it, and stop")
-    goal("--sheet", metavar="FILE", help="write a random sample (--limit, else 100) of those rows to it, and stop")
-    flag("--endpoint", metavar="URL", help="an OpenAI-compatible server (default: $OPENAI_BASE_URL, else OpenAI's)")
-    flag("--model", default="gpt-4o-mini", metavar="NAME", help="the LLM (default: %(default)s; the paper's is gone)")
-    flag("--sampling", nargs="+", type=key_value, metavar="KEY=VALUE", help="what a request holds beside model and "
-         "messages (default: temperature=1.0 top_p=0.1 max_tokens=512; Appendix A, the last the authors' script)",
-         default={"temperature": 1.0, "top_p": 0.1, "max_tokens": 512})
-    flag("--min-words", type=whole, default=2, help="no shorter captions (default: 2, the authors' script)")
-    flag("--max-words", type=whole, default=15, help="no longer captions (default: 15, the authors' script)")
-    flag("--limit", type=whole, default=0, metavar="N", help="first N kept (section 3: 300000; default: 0, all)")
-    flag("--shard", default="0/1", metavar="i/n", help="every n-th caption, from the i-th on (default: %(default)s)")
-    flag("--retry-failed", action="store_true", help="take up the captions that failed before, and no others")
-    flag("--concurrency", type=at_least(1), default=64, metavar="N", help="calls at once (default: %(default)s)")
-    flag("--requests-per-minute", type=real, default=0, metavar="N", help="send no more calls (default: 0, no limit)")
-    flag("--max-retries", type=whole, default=10, metavar="N", help="of a failed call (default: %(default)s)")
-    flag("--timeout", type=at_least(0.001, float), default=60, metavar="SECONDS", help="of a call (default: 60)")
-    flag("--price-in", type=real, default=0, metavar="USD", help="of a million tokens sent, for the bar (default: 0)")
-    flag("--price-out", type=real, default=0, metavar="USD", help="of a million tokens answered (default: 0)")
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("captions", nargs="+", metavar="CAPTIONS",
+        help="files or globs: .txt with a caption on each line; .tsv with the columns filepath and "
+        "title; .jsonl with image_id and caption; img2dataset's .tar. For --sheet and "
+        "--export-chat: files of rows")
+    goal = parser.add_mutually_exclusive_group(required=True).add_argument
+    goal("--output", metavar="ROWS.jsonl",
+         help="write the rows to this file; captions that fail go to ROWS.jsonl.failed beside it")
+    goal("--sheet", metavar="FILE.tsv",
+         help="write a random sample of rows (--limit, or else 100) to this file, and print figures")
+    goal("--export-chat", metavar="FILE.jsonl",
+         help="write the rows as chats to this file, to tune an LLM with (section 3)")
+    add("--endpoint", metavar="URL",
+        help="an OpenAI-compatible server (default: $OPENAI_BASE_URL, or else OpenAI's)")
+    add("--model", default="gpt-4o-mini", metavar="NAME",
+        help="the LLM (default: %(default)s, as the paper's is no longer served)")
+    add("--sampling", nargs="+", type=key_value, metavar="KEY=VALUE",
+        default={"temperature": 1.0, "top_p": 0.1, "max_tokens": 512},
+        help="what each request holds beside its model and messages (default: temperature=1.0 "
+        "top_p=0.1 max_tokens=512; Appendix A, and the authors' script for the last)")
+    add("--min-words", type=at_least(1), default=2, metavar="N",
+        help="leave out captions of fewer words (default: 2, the authors' script)")
+    add("--max-words", type=at_least(1), default=15, metavar="N",
+        help="leave out captions of more words (default: 15, the authors' script)")
+    add("--limit", type=at_least(0), default=0, metavar="N",
+        help="stop after the first N captions that are kept (section 3: 300000; default: 0, all)")
+    add("--shard", type=shard_of, default="0/1", metavar="i/n",
+        help="take every n-th caption from the i-th on, so that n jobs with an --output each share "
+        "the work (default: %(default)s)")
+    add("--retry-failed", action="store_true",
+        help="ask again for the captions that failed before, and for no others")
+    add("--concurrency", type=at_least(1), default=64, metavar="N",
+        help="send up to N requests at the same time (default: %(default)s)")
+    add("--requests-per-minute", type=at_least(0, float), default=0, metavar="N",
+        help="send at most N requests a minute (default: 0, no limit)")
+    add("--max-retries", type=at_least(0), default=10, metavar="N",
+        help="send a request that fails up to N times more (default: %(default)s)")
+    add("--timeout", type=at_least(0.001, float), default=60, metavar="SECONDS",
+        help="wait so long for an answer (default: %(default)s)")
+    add("--price-in", type=at_least(0, float), default=0, metavar="USD",
+        help="the price of a million tokens sent, to show the cost (default: 0)")
+    add("--price-out", type=at_least(0, float), default=0, metavar="USD",
+        help="the price of a million tokens answered, to show the cost (default: 0)")
     flags = parser.parse_args(argv)
     flags.sampling = dict(flags.sampling)
-    shard = re.fullmatch(r"(\d+)/(\d+)", flags.shard)
-    if not shard or int(shard[1]) >= int(shard[2]):
-        parser.error("argument --shard: must be i/n with i from 0 to n-1")
-    flags.shard = int(shard[1]), int(shard[2])
     return flags
 
 
 def main():
     flags = parse_args()
-    target = flags.output or flags.export_chat or flags.sheet
-    for path in expand(flags.captions):
-        if flags.output and os.path.splitext(path)[1] not in READERS:
-            raise InputError(f"{path}: its name must end in one of {', '.join(READERS)}")
-        if os.path.exists(target) and (not os.path.isfile(target) or os.path.samefile(target, path)):
-            raise InputError(f"{target}: not a file, or one of the inputs")
-    return generate(flags) if flags.output else export_chat(flags) if flags.export_chat else write_sheet(flags)
+    target = flags.output or flags.sheet or flags.export_chat
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise InputError(f"{target}: is no file that can be written to")
+    if os.path.realpath(target) in map(os.path.realpath, expand(flags.captions)):
+        raise InputError(f"{target}: is one of the inputs; name another file to write to")
+    if flags.sheet:
+        return write_sheet(flags)
+    if flags.export_chat:
+        return export_chat(flags)
+    return generate(flags)
 
 
 if __name__ == "__main__":

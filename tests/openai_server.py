@@ -45,6 +45,7 @@ class Reply:
     delay: float = 0.0  # seconds
     reset: bool = False  # cut the connection in mid-answer
     trickle: float = 0.0  # seconds between one byte and the next
+    interim: bytes = b""  # sent at once, before the delay and the answer
 
     def encode(self):
         body = self.body
@@ -122,6 +123,7 @@ class Connection(asyncio.Protocol):
             reply = Reply(body=json.dumps({"count": self.server.count}).encode())
         else:
             reply = self.reply(json.loads(body), headers.get("authorization", ""))
+        self.transport.write(reply.interim)
         self.server.loop.call_later(reply.delay, self.send, reply)
 
     def reply(self, body, authorization):
