@@ -32,12 +32,13 @@ from collections import Counter
 import requests
 from tqdm import tqdm
 
-CAPTION_PROMPT = 'Paraphrase the given caption "{}" concisely while preserving the meaning.'
-TEXT_PROMPT = (
-    'Paraphrase the given text "{}" concisely while preserving the meaning and avoiding use of '
-    "existing words."
+PROMPTS = (  # section 2.1, verbatim
+    'Paraphrase the given caption "{}" concisely while preserving the meaning.',
+    (
+        'Paraphrase the given text "{}" concisely while preserving the meaning'
+        " and avoiding use of existing words."
+    ),
 )
-PROMPTS = (CAPTION_PROMPT, TEXT_PROMPT)  # section 2.1, verbatim
 
 
 def two_step(caption, ask):
@@ -53,9 +54,14 @@ def two_step(caption, ask):
 # ---------------------------------------------------------------- what a good answer is
 
 FINISHED = ("none", "", "stop", "stop_sequence", "eos", "eos_token", "end_turn", "complete")
-MARKUP = set("<>[]{}|\\*#_`◁▷▁\ufffd")  # the last stands for a broken character
+MARKUP = re.compile(r"[<>\[\]{}|\\*_`◁▷▁\ufffd]|#(?! ?\d)")  # "player #33" is none
 TASK_WORDS = re.compile(
-    r"\bI\b|(?i:\b(?:paraphras|rephras|reword|rewrit|concise|caption|sorry|apolog))"
+    r"\bI\b(?!-)|(?i:\b(?:paraphras|rephras|reword|rewrit|concise|caption|sorry|apolog))"
+)
+REFUSING = {"i", "sorry", "apolog"}
+LABEL = re.compile(  # the beginning of an answer, up to a colon
+    r"(?i)\W*(?:here|sure|certainly|of course|paraphras|rephras|reword|rewrit|concise|caption)"
+    r"[^:\n]*:"
 )
 QUOTES = (('"', '"'), ("“", "”"), ("«", "»"), ("‘", "’"), ("'", "'"), ("`", "`"), ("**", "**"))
 
@@ -70,7 +76,7 @@ def problem_with(answer, source, finish_reason, may_echo):
         return "an empty answer"
     if len(answer.splitlines()) > 1:
         return "more than one line"
-    if MARKUP & set(answer) - set(source):
+    if set(MARKUP.findall(answer)) - set(source):
         return "markup that its input lacks"
     if task_words(answer) - task_words(source):
         return "words about the task, as in a refusal"
@@ -99,20 +105,14 @@ def tidy(answer, source):
     return without_quotes(answer)
 
 
-LABEL_STARTS = ("here", "sure", "certainly", "of course", "concise", "caption", "paraphras",
-                "rephras", "reword", "rewrit")
-REFUSING = {"i", "sorry", "apolog"}
-
-
 def without_label(answer, source):
     """The answer without a label such as "Sure! Here is a paraphrase:", if its source lacks it."""
-    label, colon, rest = answer.partition(":")
-    if not colon or "\n" in label or f"{label}:".casefold() in source.casefold():
+    label = LABEL.match(answer)
+    if not label or label[0].casefold() in source.casefold():
         return answer
-    spoken = task_words(label)
-    starts_as_labels_do = label.strip("* ").casefold().startswith(LABEL_STARTS)
-    if starts_as_labels_do and spoken and not spoken & REFUSING:
-        return rest.removeprefix("**")  # where a **label:** is in bold
+    spoken = task_words(label[0])
+    if spoken and not spoken & REFUSING:
+        return answer[label.end() :].removeprefix("**")  # where a **label:** is in bold
     return answer
 
 
@@ -155,8 +155,9 @@ class Endpoint:
         check_address(self.url, self.key)
 
         self.session = requests.Session()
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=flags.concurrency)
-        self.session.mount(self.url, adapter)
+        self.session.mount(
+            self.url, requests.adapters.HTTPAdapter(pool_maxsize=flags.concurrency)
+        )
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
         # Proxies and certificates of the environment are looked up once: to do it at every call
@@ -168,20 +169,20 @@ class Endpoint:
 
         self.gate = threading.Lock()
         self.opens_at = 0.0  # time.monotonic(); until then all workers wait
-        self.lock = threading.Lock()  # of all these values
+        self.lock = threading.Lock()  # of opens_at and what follows
         self.good_answers = 0
         self.tokens = Counter()
         self.trouble = ""  # the last failure, for the progress bar
 
     def ask(self, prompt, source, may_echo=True):
-        """A good answer to `prompt` about `source`.
+        """A good answer to `prompt` about `source`, after --max-retries more tries at most.
 
         Raises CaptionFailed, or InputError where no other caption can get an answer either.
         """
         tries = 0
         while True:
             good_answers = self.good_answers  # before the wait at the gate, in which others succeed
-            status, text, pause = self.post(prompt.format(source))
+            status, text, retry_after = self.post(prompt.format(source))
             status, completion = read_reply(status, text)
             if completion:
                 return self.accept(completion, source, may_echo)
@@ -197,12 +198,12 @@ class Endpoint:
                 raise CaptionFailed(reason)
 
             tries += 1
-            if status == 429 and pause and self.good_answers > good_answers:
+            if status == 429 and retry_after and self.good_answers > good_answers:
                 tries = 0  # a rate limit that others got through is no fault of this caption
             if tries > self.flags.max_retries:
                 raise CaptionFailed(f"{reason} ({tries} tries)")
-            if pause:
-                self.hold_back(pause)
+            if retry_after:
+                self.hold_back(retry_after)
             else:  # only this caption waits, for a time that is drawn: "full jitter"
                 time.sleep(random.uniform(0, min(60, 2**tries)))
 
@@ -241,14 +242,14 @@ class Endpoint:
                     # as `with` does where a body has not been read.
                     raise requests.ConnectionError(f"interim status {status}")
                 text = read_body(reply.raw, deadline) or reply.headers.get("Location", "")
-                pause = seconds_of(reply.headers.get("Retry-After"))
+                retry_after = seconds_of(reply.headers.get("Retry-After"))
         except Exception as error:  # noqa: BLE001 - whatever breaks on the way
             status = 0
             text = str(error).rpartition(": ")[2].strip("'\")")
-            pause = 0
+            retry_after = 0
         if len(self.key) >= 16:  # a shorter one, such as EMPTY, is no secret
             text = re.sub(re.escape(self.key[:8]) + r"[^\s\"'\\]*", "(key)", text)
-        return status, text, pause
+        return status, text, retry_after
 
     def pass_gate(self):
         """Wait until the gate is open; with --requests-per-minute close it behind oneself."""
@@ -259,7 +260,7 @@ class Endpoint:
                 self.hold_back(60 / self.flags.requests_per_minute)
 
     def hold_back(self, seconds):
-        """Close the gate before all workers, for so long from now on."""
+        """Close the gate to all workers for so long: for a Retry-After, or between two turns."""
         with self.lock:
             self.opens_at = max(self.opens_at, time.monotonic() + seconds)
 
@@ -271,7 +272,7 @@ def check_address(url, key):
     except ValueError:
         url = ""
     if not re.fullmatch(r"https?://[^@?#\s]+", url):
-        raise InputError("--endpoint: must be like http://localhost:8000/v1, without user or query")
+        raise InputError("--endpoint: must be like http://localhost:8000/v1, without a user or ?")
     if not re.fullmatch(r"[!-~]*", key):
         raise InputError("OPENAI_API_KEY: holds a character that no key has; set it again")
     if not key and url.startswith(OPENAI):
@@ -316,8 +317,8 @@ def seconds_of(retry_after):
     """The seconds that a Retry-After header asks for, as a number or a date; 0 for neither."""
     seconds = 0
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        date = email.utils.parsedate_tz(retry_after)
-        seconds = email.utils.mktime_tz(date) - time.time()
+        date = email.utils.parsedate_to_datetime(retry_after)
+        seconds = date.timestamp() - time.time()
     with contextlib.suppress(TypeError, ValueError):
         seconds = float(retry_after)
     return seconds if 0 < seconds <= 24 * 60 * 60 else 0
@@ -343,7 +344,7 @@ def generate(flags):
     journal = RowFile(f"{flags.output}.failed", ROW_KEYS[:2])
     old_journal = ".failed".join(os.path.splitext(flags.output))
     if os.path.exists(old_journal):
-        print(f"{old_journal}: an older version's notes of what failed are not read; to leave those "
+        print(f"{old_journal}: what failed for an older version is not read; to leave those "
               f"captions out, cat {old_journal} >> {journal.path} and remove it")
 
     # The captions are read twice: to count them before the first call is paid, and to work.
@@ -370,11 +371,14 @@ def generate(flags):
 
 
 def captions_to_do(captions, flags, written, failed, count):
-    """Yield the captions to ask for now. `count` tells what became of all of them."""
+    """Yield the captions to ask for now. `count` tells what became of all of them.
+
+    written, failed: the keys of the rows and of the journal, as this job has found them.
+    """
     shard, shards = flags.shard
     seen = set()
     for row in captions:
-        if not flags.min_words <= len(row["caption"].split()) <= flags.max_words:
+        if not max(flags.min_words, 1) <= len(row["caption"].split()) <= flags.max_words:
             count["left_out"] += 1
             continue
         key = key_of(row)
@@ -405,7 +409,8 @@ def write_rows(captions, total, endpoint, rows, journal):
     """Ask for `captions`; each is in `rows` or in `journal` at once. Returns how many rows.
 
     Until one answer is good, failures are the set-up's fault and not the captions': those wait
-    in memory, and the first good answer has them journalled.
+    in memory, and the first good answer has them journalled. The job stops after 20 failures
+    without a good answer, 100 in a row later on, and at once for a wrong key or no credit.
     """
     flags = endpoint.flags
     waiting = []
@@ -491,11 +496,12 @@ def in_threads(captions, ask, workers):
 
 def show(bar, failed, endpoint):
     """Bring the progress bar up to date."""
-    shown = [f"{endpoint.tokens.total():,} tokens", f"{failed:,} failed"]
+    shown = [f"{endpoint.tokens.total():,} tokens"]
     spent = endpoint.tokens["sent"] * endpoint.flags.price_in / 1e6
     spent += endpoint.tokens["answered"] * endpoint.flags.price_out / 1e6
     if spent and bar.n:
         shown.append(f"${spent:.2f} of about ${spent / bar.n * bar.total:.2f}")
+    shown.append(f"{failed:,} failed")
     pause = endpoint.opens_at - time.monotonic()
     if pause > 1:
         shown.append(f"all wait {pause:.0f} s")
@@ -769,11 +775,12 @@ def write_sheet(flags):
             if hash((name, text)) in seen:
                 repeats[name][text] += 1
             seen.add(hash((name, text)))
+        line = [*cells, round(100 * kept_2)]
         place = chance.randrange(sums["rows"])  # so each row is as likely in the sample
         if len(sample) < size:
-            sample.append([*cells, round(100 * kept_2)])
+            sample.append(line)
         elif place < size:
-            sample[place] = [*cells, round(100 * kept_2)]
+            sample[place] = line
 
     with atomic_write(flags.sheet) as file:
         header = ["image_id", "T", "T'", "T''", "% of T' kept in T''"]
@@ -873,7 +880,7 @@ def parse_args(argv=None):
     goal("--output", metavar="ROWS.jsonl",
          help="write the rows to this file; captions that fail go to ROWS.jsonl.failed beside it")
     goal("--sheet", metavar="FILE.tsv",
-         help="write a random sample of rows (--limit, or else 100) to this file, and print figures")
+         help="write a random sample of rows (--limit, or else 100) to it, and print figures of all")
     goal("--export-chat", metavar="FILE.jsonl",
          help="write the rows as chats to this file, to tune an LLM with (section 3)")
     add("--endpoint", metavar="URL",
@@ -884,9 +891,9 @@ def parse_args(argv=None):
         default={"temperature": 1.0, "top_p": 0.1, "max_tokens": 512},
         help="what each request holds beside its model and messages (default: temperature=1.0 "
         "top_p=0.1 max_tokens=512; Appendix A, and the authors' script for the last)")
-    add("--min-words", type=at_least(1), default=2, metavar="N",
+    add("--min-words", type=at_least(0), default=2, metavar="N",
         help="leave out captions of fewer words (default: 2, the authors' script)")
-    add("--max-words", type=at_least(1), default=15, metavar="N",
+    add("--max-words", type=at_least(0), default=15, metavar="N",
         help="leave out captions of more words (default: 15, the authors' script)")
     add("--limit", type=at_least(0), default=0, metavar="N",
         help="stop after the first N captions that are kept (section 3: 300000; default: 0, all)")

@@ -1,9 +1,11 @@
-"""An OpenAI-compatible server on loopback, for the tests, the benchmark and the demo: asyncio on raw sockets.
+"""An OpenAI-compatible server on loopback, for the tests, the benchmark and the demo.
 
-    python tests/openai_server.py --port 8000 --delay 0.2        # a process of its own; GET /count: calls so far
+    python tests/openai_server.py --port 8000 --delay 0.2   # a process; GET /count: calls so far
 
-    with Server(answer) as server:                               # a thread of this one; answer(request) says what to do
+    with Server(answer) as server:                          # a thread; answer(request): what to do
         ... server.url ... server.requests ...
+
+It is asyncio on raw sockets, so that it can break off, trickle and say what no server should.
 """
 
 import argparse
@@ -35,7 +37,7 @@ class Request:
 
 @dataclasses.dataclass
 class Reply:
-    """What the server does with a request; `content` becomes a chat completion unless `body` is given."""
+    """What the server does with a request: a chat completion of `content`, or else `body`."""
 
     content: object = ""
     finish_reason: str = "stop"
@@ -53,7 +55,8 @@ class Reply:
             message = {"role": "assistant", "content": self.content}
             choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
             usage = {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 40}
-            body = json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage}).encode()
+            reply = {"object": "chat.completion", "choices": [choice], "usage": usage}
+            body = json.dumps(reply).encode()
         headers = {"Content-Type": "application/json", "Content-Length": len(body), **self.headers}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"HTTP/1.1 {self.status} X\r\n{head}\r\n".encode() + body
@@ -65,11 +68,18 @@ def reword(request):
 
 
 class Server:
-    """Serves on a thread between __enter__ and __exit__. `answer(Request)` returns a Reply, or a text as its content."""
+    """Serves on a thread between __enter__ and __exit__.
+
+    answer(Request) returns a Reply, or a text as its content.
+    """
 
     def __init__(self, answer=reword, port=0, keep=True):
-        self.answer, self.port, self.keep = answer, port, keep
-        self.requests, self.count, self.connections = [], 0, 0
+        self.answer = answer
+        self.port = port
+        self.keep = keep
+        self.requests = []
+        self.count = 0
+        self.connections = 0
         self.loop = asyncio.new_event_loop()
 
     @property
@@ -102,7 +112,8 @@ class Server:
 
 class Connection(asyncio.Protocol):
     def __init__(self, server):
-        self.server, self.buffer = server, b""
+        self.server = server
+        self.buffer = b""
 
     def connection_made(self, transport):
         self.transport = transport
@@ -114,11 +125,15 @@ class Connection(asyncio.Protocol):
         if not found:
             return
         first, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        headers = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip()
         size = int(headers.get("content-length", 0))
         if len(rest) < size:
             return
-        self.buffer, body = rest[size:], rest[:size]
+        self.buffer = rest[size:]
+        body = rest[:size]
         if first.startswith("GET"):
             reply = Reply(body=json.dumps({"count": self.server.count}).encode())
         else:
@@ -156,11 +171,17 @@ class Connection(asyncio.Protocol):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--delay", type=float, default=0.0, help="seconds that each answer takes")
     flags = parser.parse_args()
-    Server(lambda request: dataclasses.replace(reword(request), delay=flags.delay), flags.port, keep=False).serve()
+
+    def answer(request):
+        return dataclasses.replace(reword(request), delay=flags.delay)
+
+    Server(answer, flags.port, keep=False).serve()
 
 
 if __name__ == "__main__":
