@@ -189,9 +189,9 @@ class Endpoint:
 
             kind = {0: "no answer", 200: "no chat completion"}.get(status, f"HTTP {status}")
             reason = f"{kind}: {first_words(text)}"
-            self.trouble = reason
             if status == 401:  # its text may hold half of the key
                 raise InputError(f"{self.url}: HTTP 401: OPENAI_API_KEY is missing or wrong")
+            self.trouble = reason
             if status == 402 or (status >= 400 and "insufficient_quota" in text):
                 raise InputError(f"{self.url}: the account has no credit left ({reason})")
             if 300 <= status < 500 and status not in TRY_AGAIN:
@@ -201,7 +201,7 @@ class Endpoint:
             if status == 429 and retry_after and self.good_answers > good_answers:
                 tries = 0  # a rate limit that others got through is no fault of this caption
             if tries > self.flags.max_retries:
-                raise CaptionFailed(f"{reason} ({tries} tries)")
+                raise CaptionFailed(f"{reason} (tries: {tries})")
             if retry_after:
                 self.hold_back(retry_after)
             else:  # only this caption waits, for a time that is drawn: "full jitter"
@@ -213,7 +213,7 @@ class Endpoint:
         answer = tidy(answer, source)
         problem = problem_with(answer, source, finish_reason, may_echo)
         with self.lock:
-            with contextlib.suppress(TypeError, ValueError, LookupError):  # no such counts
+            with contextlib.suppress(Exception):  # a server may count in any way, or not at all
                 self.tokens["sent"] += int(usage["prompt_tokens"])
                 self.tokens["answered"] += int(usage["completion_tokens"])
             if not problem:
@@ -272,7 +272,7 @@ def check_address(url, key):
     except ValueError:
         url = ""
     if not re.fullmatch(r"https?://[^@?#\s]+", url):
-        raise InputError("--endpoint: must be like http://localhost:8000/v1, without a user or ?")
+        raise InputError("--endpoint: must be like http://localhost:8000/v1, without user, ? or #")
     if not re.fullmatch(r"[!-~]*", key):
         raise InputError("OPENAI_API_KEY: holds a character that no key has; set it again")
     if not key and url.startswith(OPENAI):

@@ -520,7 +520,7 @@ def test_answers_of_reasoning_models(tmp_path):
 
 
 def test_odd_counts_of_tokens_spoil_no_answer(tmp_path):
-    usages = [None, [], 7, {"prompt_tokens": "30"}, {"prompt_tokens": {}}]
+    usages = [None, [], 7, {"prompt_tokens": "30"}, {"prompt_tokens": float("inf")}]
 
     def answer(request):
         choice = {"message": {"content": reword(request).content}}
