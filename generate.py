@@ -272,7 +272,7 @@ def check_address(url, key):
     except ValueError:
         url = ""
     if not re.fullmatch(r"https?://[^@?#\s]+", url):
-        raise InputError("--endpoint: must be like http://localhost:8000/v1, without user, ? or #")
+        raise InputError("--endpoint: must be like http://localhost:8000/v1 (no user, no ?)")
     if not re.fullmatch(r"[!-~]*", key):
         raise InputError("OPENAI_API_KEY: holds a character that no key has; set it again")
     if not key and url.startswith(OPENAI):
@@ -880,7 +880,7 @@ def parse_args(argv=None):
     goal("--output", metavar="ROWS.jsonl",
          help="write the rows to this file; captions that fail go to ROWS.jsonl.failed beside it")
     goal("--sheet", metavar="FILE.tsv",
-         help="write a random sample of rows (--limit, or else 100) to it, and print figures of all")
+         help="write a random sample of rows (--limit, or else 100) to it, and print figures")
     goal("--export-chat", metavar="FILE.jsonl",
          help="write the rows as chats to this file, to tune an LLM with (section 3)")
     add("--endpoint", metavar="URL",

@@ -79,7 +79,8 @@ def measure(title, server, processes, seconds):
         process.kill()
         process.wait()
     print(f"{title}: {calls:.0f} calls/s; first call after {start_up:.1f} s; "
-          f"at most {peak:.0f} MB; cores used {used:.2f}, by the server {used_by_the_server:.2f}", flush=True)
+          f"at most {peak:.0f} MB; cores used {used:.2f}, by the server {used_by_the_server:.2f}",
+          flush=True)
 
 
 def write_files(folder, rows):
