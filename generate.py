@@ -564,7 +564,7 @@ class RowFile:
 
 # ---------------------------------------------------------------- readers of captions and rows
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", "")  # "": a member that is named KEY itself
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # in either case
 ROW_START = b'{"image_id": '  # of each line that RowFile writes
 
 
@@ -627,17 +627,19 @@ def read_jsonl(lines):
 
 def read_tar(shard):
     """img2dataset's: the caption of the image KEY.jpg is KEY.txt, whatever dots KEY has."""
-    members = set()
+    images = set()  # their keys
     captions = {}
     with tarfile.open(shard.path, "r:") as tar:
         for member in tar_files(tar):
-            key = member.name.removeprefix("./")
-            members.add(key)
-            shard.place = f"{shard.path}:{key}"
-            if key.endswith(".txt"):
-                captions[key.removesuffix(".txt")] = text_of(tar.extractfile(member).read())
+            name = member.name.removeprefix("./")
+            shard.place = f"{shard.path}:{name}"
+            key, ending = os.path.splitext(name)
+            if ending.lower() in IMAGE_ENDINGS:
+                images.add(key)
+            elif ending == ".txt":
+                captions[key] = text_of(tar.extractfile(member).read())
     for key, caption in captions.items():
-        if any(key + ending in members for ending in IMAGE_ENDINGS):
+        if key in images:
             yield {"image_id": f"{name_of(shard.path)}/{key}", "caption": caption}
 
 

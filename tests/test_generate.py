@@ -240,7 +240,7 @@ def test_tar(tmp_path):
         "1.jpg": b"x",
         "1.txt": b"the caption of one",
         "1.url.txt": b"http://no.caption and more",
-        "b/c/7.webp": b"x",
+        "b/c/7.WEBP": b"x",
         "b/c/7.txt": b"a dog in folders",
         "8.jpg": b"no caption at all",
     }

@@ -15,7 +15,7 @@ import flickr8k
 import pytest
 from conftest import ROOT
 
-from generate import InputError
+from paraclip import InputError
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -36,7 +36,7 @@ def test_the_eight_losses_of_table_2():
     import evaluate
     import paraclip
     losses = re.findall(r"^\| `([^`]+:[^`]+)`", README, re.MULTILINE)
-    assert len(losses) == 8 and {term for loss in losses for term in loss.split()} <= set(paraclip.TERMS)
+    assert len(losses) == 8 and {term for loss in losses for term in loss.split()} <= set(paraclip.PAPER_TERMS.values())
     assert {loss for model, loss in evaluate.PAPER if model == "openai" and loss} == set(losses)
 
 @pytest.mark.parametrize("script", ["generate", "paraclip", "evaluate"])

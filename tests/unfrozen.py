@@ -1,0 +1,94 @@
+"""A fork of paraclip.py: what if the image tower trains too?
+
+    python tests/unfrozen.py --rows rows.jsonl --images images/ --model local-dir:base_clip \\
+        --output runs/unfrozen --batch-size 500 --epochs 3 --lr 5e-5 --image-lr 5e-6
+
+The same batches, losses and steps as paraclip.py with the same flags, in one process. Stored
+image features are of no use now: each step decodes and encodes its images, without augmentation.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import paraclip
+from paraclip import at_least, batches, cosine_lr, loss_terms
+
+
+class Examples(paraclip.Examples):
+    """Batches of texts and of pixels [n, 3, H, W], where paraclip.py has image features."""
+
+    def __init__(self, rows, kinds, model, images):
+        super().__init__(rows, kinds, model.tokenizer, None)
+        self.preprocess = model.preprocess
+        self.images = images
+
+    def __getitem__(self, batch):
+        tokens, _ = super().__getitem__(batch)
+        pixels = []
+        for index in self.rows.places[batch, 2]:
+            image = paraclip.open_image(self.images, self.rows.image_ids[index])
+            pixels.append(self.preprocess(image))
+        return tokens, torch.stack(pixels)
+
+
+def encode_images(clip, pixels):
+    """[n, 3, H, W] -> [n, D], in chunks that backward encodes again, to bound memory.
+
+    The tower is in eval mode, as load_model() has left it. In train mode BatchNorm would
+    normalise an image by the others of its chunk and move its running means, so that neither
+    chunks nor the evaluation would give the features that are trained here.
+    """
+    features = []
+    for chunk in pixels.to(clip.logit_scale).split(100):
+        features.append(checkpoint(clip.encode_image, chunk, True, use_reentrant=False))
+    return torch.cat(features)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__ + "\nThe other flags are paraclip.py's.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--image-lr", type=at_least(0, float), required=True, metavar="RATE",
+        help="learning rate of the image tower's first step")
+    own, flags = parser.parse_known_args()
+    args = paraclip.parse_args(flags)
+    device = paraclip.set_up_ranks()
+    rows = paraclip.read_rows(args.rows)
+    model = paraclip.load_model(args.model, device)
+    encoder = paraclip.TextEncoder(model.clip, args.micro_batch, args.precision == "bf16")
+    text_optimizer = paraclip.make_optimizer(encoder, args.lr, args.weight_decay)
+    model.clip.visual.requires_grad_(True)
+    visual = model.clip.visual
+    image_optimizer = paraclip.make_optimizer(visual, own.image_lr, args.weight_decay)
+
+    kinds = [kind for kind in paraclip.kinds_of(args.loss) if kind != "I"]
+    examples = Examples(rows, kinds, model, args.images)
+    steps = args.epochs * (len(examples) // args.batch_size)
+    order = batches(len(examples), args.batch_size, args.epochs, args.seed)
+    loader = paraclip.load_in_workers(examples, args.workers, batch_size=None, sampler=order)
+    bar = paraclip.progress(loader, "training both towers", steps, unit="step")
+    for step, (tokens, pixels) in enumerate(bar):
+        for optimizer, lr in ((text_optimizer, args.lr), (image_optimizer, own.image_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_lr(lr, step, steps)
+        image_features = encode_images(model.clip, pixels)
+        loss = sum(loss_terms(encoder, tokens, image_features, args.loss).values())
+        loss.backward()
+        for optimizer in (text_optimizer, image_optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+        model.clip.logit_scale.data.clamp_(0, paraclip.math.log(100))
+        bar.set_postfix({"loss": loss.item()}, refresh=False)
+    paraclip.export(model, args.output)
+    print(f"done: {args.output} is an open_clip model, local-dir:{args.output}")
+
+
+if __name__ == "__main__":
+    paraclip.run(main)
