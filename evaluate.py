@@ -1,24 +1,28 @@
 """ParaCLIP, section 3.2: every figure of Tables 1 and 2, and Figure 3, for any number of models.
 
+All that there is of the benchmarks below --data:
     python evaluate.py openai runs/openai --data benchmarks/ --json results.json
-    python evaluate.py openai runs/openai --data benchmarks/ --tasks paraphrase --gallery figure3.png
+Your own photos in mine/images, your own pairs in mine/paraphrased_retrieval.jsonl:
+    python evaluate.py openai runs/openai --data mine/ --tasks paraphrase --gallery figure3.png
 
-A row a model, with the paper's figure under ours and the difference to the first model. A benchmark whose files are not
-below --data says `not run`, and which file it wants.
+The table has a row for each model, with the paper's figures for it and the differences to the
+first model below. A benchmark that is not below --data says `not run`, and which file it wants.
 """
 
+import argparse
 import collections
-import functools
-import glob
-import hashlib
+import dataclasses
+import io
 import json
 import os
 import re
+import sys
 import textwrap
 import time
-from argparse import ArgumentParser, RawTextHelpFormatter
+from pathlib import Path, PurePosixPath
 from statistics import fmean
 
+import numpy as np
 import open_clip
 import scipy.stats
 import torch
@@ -26,180 +30,264 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from generate import BAR_SECONDS, InputError, at_least, atomic_write, json_object, parsed_lines, reading, run
-from paraclip import BASELINES, CORES, TextEncoder, encode_images, fingerprint, load_model, resolve
+import paraclip
+from paraclip import InputError, reading
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TEXTS_AT_ONCE = 4096  # that TextEncoder sorts by length and encodes in chunks
-
-# ---------------------------------------------------------------- metrics
+# ------------------------------------------------------------------ metrics: appendix B
 
 
 def average_overlap(a, b):
-    """Column AO@10, equation 1: AO@k(a, b) = 1/k * sum over d=1..k of |a[:d] & b[:d]| / d. Returns AO@1..k, [n, k]."""
-    d = torch.arange(1, a.shape[1] + 1).double()
-    return (common(a, b) / d).cumsum(1) / d
+    """Equation 1: AO@k of two ranked lists of k items. It is 1 if they are equal, 0 if disjoint.
+
+        AO@k(a, b) = 1/k * sum over d = 1..k of |a[1:d] & b[1:d]| / d
+    """
+    k = len(a)
+    return sum(len(set(a[:d]) & set(b[:d])) / d for d in range(1, k + 1)) / k
 
 
 def jaccard(a, b):
-    """Column JS@10, equation 2: JS@k(a, b) = |a[:k] & b[:k]| / |a[:k] | b[:k]|. Returns JS@1..k, [n, k]."""
-    both = common(a, b).double()
-    return both / (2 * torch.arange(1, a.shape[1] + 1) - both)
+    """Equation 2: JS@k of two ranked lists of k items.
+
+        JS@k(a, b) = |a[1:k] & b[1:k]| / |a[1:k] | b[1:k]|
+    """
+    return len(set(a) & set(b)) / len(set(a) | set(b))
 
 
-def common(a, b):
-    """|a[:d] & b[:d]| for d = 1..k: [n, k] of two rankings [n, k], in each of which no item is twice (see rank)."""
-    return (a[:, :, None] == b[:, None, :]).cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)
+def recall(rankings, item_labels, query_labels, k):
+    """Recall@k in percent: how many queries have an item with their label among their first k.
+
+    rankings: of each query its best items, best first, as indices in item_labels. A query whose
+    label is None is not counted. Columns T R@5 and I R@5; with k = 1 it is accuracy, Clsf.
+    """
+    hits = []
+    for ranking, label in zip(rankings, query_labels):
+        if label is not None:
+            first_labels = [item_labels[item] for item in ranking[:k]]
+            hits.append(label in first_labels)
+    return 100 * fmean(hits)
+
+
+def spearman(cosines, golds):
+    """Column STS: Spearman's rho in percent, where ties have their average rank.
+
+    It is undefined, None, if all cosines or all golds are equal.
+    """
+    if len(set(cosines)) < 2 or len(set(golds)) < 2:
+        return None
+    return 100 * float(scipy.stats.spearmanr(cosines, golds).statistic)
 
 
 def fixed_point(features):
     """[n, D] of any dtype -> float64, L2-normalised, rounded to multiples of 2^-26.
 
-    A product of two is then a multiple of 2^-52, and float64 holds every partial sum of a cosine exactly. So a score
-    does not depend on block sizes, threads or the device, and equal features tie to the last bit.
+    A product of two such numbers is a multiple of 2^-52, and float64 holds every partial sum of
+    a cosine exactly. So the order of the sum, and with it block size, threads and device, can't
+    decide between two items, and equal features tie to the last bit. Raises InputError.
     """
+    if not features.isfinite().all():
+        raise InputError("the model's features are not finite: its weights are damaged")
     return (F.normalize(features.double(), dim=-1) * 2**26).round() / 2**26
 
 
-def rank(queries, gallery, k=10):
-    """Indices [n, min(k, m)] of the best of m items for each of n queries, by (-cosine, index): ties by lower index.
+def rank_gallery(queries, gallery, k=10):
+    """The indices of the k items with the highest cosine for each of n queries: n lists.
 
-    queries [n, D], gallery [m, D], both fixed_point. The n x m scores are never held whole.
+    queries [n, D], gallery [m, D]: fixed_point. The best comes first, and of equal cosines the
+    item with the lower index.
     """
-    ranked = [torch.sort(block @ gallery.T, descending=True, stable=True).indices[:, :k].contiguous()
-              for block in queries.split(256)]
-    return torch.cat(ranked).cpu()
+    rankings = []
+    for block in queries.split(256):  # the n x m cosines need not fit in memory
+        cosines = block @ gallery.T
+        order = cosines.sort(descending=True, stable=True).indices
+        rankings.extend(order[:, :k].tolist())
+    return rankings
 
 
-def recall(ranked, found, wanted, k):
-    """Columns T R@5, I R@5, Clsf (k = 1): has one of the first k of a ranking [n, >= k] its query's label? [n] bools.
+# ------------------------------------------------------------------ the benchmarks of section 3.2
+# Each reads its files, encodes, and returns
+#   figures     {column of Table 1: percent}
+#   counts      {what: how many}
+#   sub_scores  {name: percent}, or such dicts
+# encode_texts(n texts) and encode_images(n pairs of a path and a box to crop, or None) return
+# features [n, D], fixed_point.
 
-    found [m], wanted [n]: the labels of items and queries. Every item with the query's label is a positive.
+
+def paraphrased_retrieval(data, encode_texts, encode_images):
+    """Columns AO@10 and JS@10: are the ten best images for a query those for its paraphrase?
+
+    Both are means over the pairs, in percent. Where pairs name their gold image, its recall is
+    among the sub-scores.
     """
-    return (found[ranked[:, :k]] == wanted[:, None]).any(1)
+    images, pairs = read_paraphrases(data)
+    for_queries, for_paraphrases = rank_paraphrases(images, pairs, encode_texts, encode_images)
+    sub_scores = {}
+    for k in range(1, 11):
+        overlaps = []
+        similarities = []
+        for a, b in zip(for_queries, for_paraphrases):
+            overlaps.append(average_overlap(a[:k], b[:k]))
+            similarities.append(jaccard(a[:k], b[:k]))
+        sub_scores[f"AO@{k}"] = 100 * fmean(overlaps)
+        sub_scores[f"JS@{k}"] = 100 * fmean(similarities)
+
+    golds = [gold for _, _, gold in pairs]
+    with_gold = len(golds) - golds.count(None)
+    if with_gold:
+        image_labels = range(len(images))
+        for k in (1, 5, 10):
+            sub_scores[f"query R@{k}"] = recall(for_queries, image_labels, golds, k)
+            sub_scores[f"paraphrase R@{k}"] = recall(for_paraphrases, image_labels, golds, k)
+    return {
+        "figures": {"AO@10": sub_scores["AO@10"], "JS@10": sub_scores["JS@10"]},
+        "counts": {"pairs": len(pairs), "images": len(images), "pairs_with_gold": with_gold},
+        "sub_scores": sub_scores,
+    }
 
 
-def spearman(scores, golds):
-    """Column STS: 100 x Spearman's rho, ties at their average rank; None where all scores or all golds are equal."""
-    if len(set(scores)) < 2 or len(set(golds)) < 2:
-        return None
-    return 100 * float(scipy.stats.spearmanr(scores, golds).statistic)
-
-
-def percent(values):
-    """100 x the mean of a list or vector; of right and wrong answers, the micro accuracy."""
-    return (100 * torch.as_tensor(values).double()).mean().item()
-
-
-def by_group(correct, groups):
-    """{group: accuracy in percent}, sorted by group. The unweighted mean of its values is the macro accuracy."""
-    answers = collections.defaultdict(list)
-    for answer, group in zip(correct.tolist(), groups):
-        answers[group].append(answer)
-    return {group: percent(answers[group]) for group in sorted(answers)}
-
-
-# ---------------------------------------------------------------- benchmarks: read, encode, figures
+def rank_paraphrases(images, pairs, encode_texts, encode_images):
+    """The ten best images for each query, and for each paraphrase: two lists of rankings."""
+    queries, paraphrases, _ = zip(*pairs)
+    gallery = encode_images([(path, None) for path in images])
+    for_queries = rank_gallery(encode_texts(queries), gallery)
+    for_paraphrases = rank_gallery(encode_texts(paraphrases), gallery)
+    return for_queries, for_paraphrases
 
 
 def read_paraphrases(data):
-    """The images' paths, by name, and of each line (query, paraphrase, index of the gold image or -1)."""
-    path = want(data, "paraphrased_retrieval.jsonl")
-    images = sorted(glob.glob(os.path.join(glob.escape(want(data, "coco/val2017")), "*.jpg")))
-    places = {os.path.basename(image).removesuffix(".jpg"): index for index, image in enumerate(images)}
+    """The paths of the gallery's images, and (query, paraphrase, gold) of each pair.
 
-    def pair_of(line):  # of this format, or of generate.py
-        row = json_object(line)
-        keys = ("query", "paraphrase") if "query" in row else ("caption", "paraphrase_1")
-        gold = os.path.basename(row.get("image_id", "")).removesuffix(".jpg")
-        gold = places.get(gold, places.get(gold.zfill(12), -1))  # COCO's ids are file names without leading zeros
-        if not all(row[key].strip() for key in keys) or "image_id" in row and gold < 0:
-            raise ValueError("a blank text, or an image_id that is none of coco/val2017")
-        return *(row[key] for key in keys), gold
+    gold: the index of the pair's image in the gallery, or None. The gallery is COCO val2017, or
+    else the user's own photos.
+    """
+    path = find(data, "paraphrased_retrieval.jsonl")
+    folder = Path(data, "coco/val2017")
+    if not folder.exists():
+        folder = find(data, "images")
+    images = find_images(folder)
+    index_of = {name: index for index, name in enumerate(images)}
 
-    pairs = [pair for _, _, pair in parsed_lines(path, pair_of)]
+    def parse_pair(line):
+        row = json.loads(line)
+        if "query" not in row:  # a row of generate.py
+            row["query"] = row["caption"]
+            row["paraphrase"] = row["paraphrase_1"]
+        if not row["query"].strip() or not row["paraphrase"].strip():
+            raise ValueError("a text is blank")
+        gold = None
+        if row.get("image_id") is not None:
+            name = image_name(row["image_id"])
+            gold = index_of.get(name, index_of.get(name.zfill(12)))  # COCO's ids lack the zeros
+            if gold is None:
+                raise ValueError(f'image_id "{row["image_id"]}" is no image of {folder}; leave '
+                                 "image_id out where a pair has no gold image")
+        return row["query"], row["paraphrase"], gold
+
+    pairs = [pair for _, pair in paraclip.read_jsonl(path, parse_pair)]
     if not pairs or len(images) < 10:
-        raise InputError(f"{path}: {len(pairs)} pairs, {len(images)} images in coco/val2017; AO@10 takes 10 at least")
-    return images, pairs
+        raise InputError(f"{path}: {len(pairs)} pairs, and {len(images)} images in {folder}; "
+                         "AO@10 takes one pair and ten images at least")
+    return list(images.values()), pairs
 
 
-def rank_pairs(images, pairs, text, image):
-    """The ten best images for queries A and for queries B: two [n, 10]."""
-    gallery = image([(path, None) for path in images])
-    return [rank(text(queries), gallery) for queries in list(zip(*pairs))[:2]]
+# Relations that ARO leaves out as symmetric: "X next to Y" and "Y next to X" may both be true.
+SYMMETRIC = """
+    adjusting, around, attached to, beside, between, bigger than, biting, boarding, brushing, by,
+    chewing, cleaning, climbing, close to, coming from, coming out of, contain, crossing, dragging,
+    draped over, drinking, drinking from, driving, driving down, driving on, eating from,
+    eating in, enclosing, exiting, facing, filled with, floating in, floating on, flying,
+    flying above, flying in, flying over, flying through, full of, going down, going into,
+    going through, grazing in, growing in, growing on, guiding, hanging from, hanging in,
+    hanging off, hanging over, higher than, holding onto, hugging, in between, jumping off,
+    jumping on, jumping over, kept in, larger than, leading, leaning over, leaving, licking,
+    longer than, looking in, looking into, looking out, looking over, looking through,
+    lying next to, lying on top of, making, mixed with, mounted on, moving, near, next to, of,
+    on the back of, on the edge of, on the front of, on the other side of, on the side of, opening,
+    painted on, parked at, parked beside, parked by, parked in, parked in front of, parked near,
+    parked next to, perched on, petting, piled on, playing, playing in, playing on, playing with,
+    pouring, reaching for, reading, reflected on, riding on, running in, running on,
+    running through, seen through, sitting behind, sitting beside, sitting by, sitting in front of,
+    sitting near, sitting next to, sitting under, skiing down, skiing on, sleeping in, sleeping on,
+    smiling at, sniffing, splashing, sprinkled on, stacked on, standing against, standing around,
+    standing behind, standing beside, standing in front of, standing near, standing next to,
+    staring at, stuck in, surrounding, swimming in, swinging, talking to, topped with, touching,
+    traveling down, traveling on, tying, typing on, underneath, wading in, waiting for,
+    walking across, walking by, walking down, walking next to, walking through, with, working in,
+    working on, worn on, wrapped around, wrapped in
+"""
+SYMMETRIC = frozenset(re.split(r",\s+", SYMMETRIC.strip()))
 
 
-def paraphrased_retrieval(data, text, image):
-    """AO@10 and JS@10 of the image rankings for a query and for its paraphrase, means over pairs (section 3.2)."""
-    images, pairs = read_paraphrases(data)
-    a, b = rank_pairs(images, pairs, text, image)
-    overlap, similarity = ([percent(column) for column in metric(a, b).T] for metric in (average_overlap, jaccard))
-    return {"figures": {"AO@10": overlap[-1], "JS@10": similarity[-1]},
-            "counts": {"pairs": len(pairs), "images": len(images)},
-            "sub_scores": {f"{name}@{k}": value for name, values in (("AO", overlap), ("JS", similarity))
-                           for k, value in enumerate(values, 1)}}
+def vg_relation(data, encode_texts, encode_images):
+    """Column VG-R: does the crop fit "X relation Y" better than "Y relation X"?
+
+    The mean of the accuracies of all relations but the symmetric ones, in percent.
+    """
+    examples = read_aro(data, "visual_genome_relation.json", "relation_name")
+    relations = {relation for relation, *_ in examples}
+    return aro_accuracy("VG-R", examples, relations - SYMMETRIC, encode_texts, encode_images)
 
 
-SYMMETRIC = frozenset("""
-    adjusting, around, attached to, beside, between, bigger than, biting, boarding, brushing, by, chewing, cleaning,
-    climbing, close to, coming from, coming out of, contain, crossing, dragging, draped over, drinking, drinking from,
-    driving, driving down, driving on, eating from, eating in, enclosing, exiting, facing, filled with, floating in,
-    floating on, flying, flying above, flying in, flying over, flying through, full of, going down, going into, going
-    through, grazing in, growing in, growing on, guiding, hanging from, hanging in, hanging off, hanging over, higher
-    than, holding onto, hugging, in between, jumping off, jumping on, jumping over, kept in, larger than, leading,
-    leaning over, leaving, licking, longer than, looking in, looking into, looking out, looking over, looking through,
-    lying next to, lying on top of, making, mixed with, mounted on, moving, near, next to, of, on the back of, on the
-    edge of, on the front of, on the other side of, on the side of, opening, painted on, parked at, parked beside,
-    parked by, parked in, parked in front of, parked near, parked next to, perched on, petting, piled on, playing,
-    playing in, playing on, playing with, pouring, reaching for, reading, reflected on, riding on, running in, running
-    on, running through, seen through, sitting behind, sitting beside, sitting by, sitting in front of, sitting near,
-    sitting next to, sitting under, skiing down, skiing on, sleeping in, sleeping on, smiling at, sniffing, splashing,
-    sprinkled on, stacked on, standing against, standing around, standing behind, standing beside, standing in front
-    of, standing near, standing next to, staring at, stuck in, surrounding, swimming in, swinging, talking to, topped
-    with, touching, traveling down, traveling on, tying, typing on, underneath, wading in, waiting for, walking
-    across, walking by, walking down, walking next to, walking through, with, working in, working on, worn on, wrapped
-    around, wrapped in
-""".replace("\n    ", " ").strip().split(", "))  # relations that ARO leaves out as symmetric: both captions may be true
+def vg_attribution(data, encode_texts, encode_images):
+    """Column VG-A: does the crop fit its caption better than with the two attributes swapped?
+
+    The mean of the accuracies of all pairs of attributes with 25 examples or more, in percent.
+    """
+    examples = read_aro(data, "visual_genome_attribution.json", "attributes")
+    sizes = collections.Counter(attributes for attributes, *_ in examples)
+    frequent = {attributes for attributes, size in sizes.items() if size >= 25}
+    return aro_accuracy("VG-A", examples, frequent, encode_texts, encode_images)
 
 
-def read_aro(data, file, group_of):
-    """(group_of(example), (image path, box), true caption, false caption) of each example."""
-    path, folder = want(data, f"aro/{file}"), want(data, "aro/images")
-    with reading(path), open(path, encoding="utf-8") as content:
-        boxes = [(entry, *(entry[f"bbox_{side}"] for side in "xywh")) for entry in json.load(content)]
-        return [(group_of(entry), (os.path.join(folder, entry["image_path"]), (x, y, x + w, y + h)),
-                 entry["true_caption"], entry["false_caption"]) for entry, x, y, w, h in boxes]
+def aro_accuracy(column, examples, counted, encode_texts, encode_images):
+    """The mean accuracy of the groups in `counted`, in percent; other groups are left out.
 
-
-def aro_figures(column, examples, groups, text, image):
-    """Macro accuracy over the examples of `groups`: is cos(crop, true caption) > cos(crop, false)? A tie is wrong."""
-    used = [example for example in examples if example[0] in groups]
+    An answer is right if cos(crop, true caption) > cos(crop, false caption): a tie is wrong.
+    """
+    used = [(group, *example) for group, *example in examples if group in counted]
     if not used:
-        raise InputError(f"{column}: none of its {len(examples)} examples is of a group that counts")
-    names, crops, true, false = zip(*used)
-    image_features = image(crops)
-    cosines = [(image_features * text(captions)).sum(1) for captions in (true, false)]
-    correct = cosines[0] > cosines[1]
-    accuracy = by_group(correct, names)
-    return {"figures": {column: fmean(accuracy.values())},
-            "counts": {"pairs": len(examples), "pairs_counted": len(used), "groups": len(accuracy)},
-            "sub_scores": {"macro": fmean(accuracy.values()), "micro": percent(correct), "by_group": accuracy}}
+        raise InputError(f"{column}: none of {len(examples)} examples is in a group that counts")
+    groups, crops, true_captions, false_captions = zip(*used)
+    image_features = encode_images(crops)
+    true_cosines = (image_features * encode_texts(true_captions)).sum(1)
+    false_cosines = (image_features * encode_texts(false_captions)).sum(1)
+    right = (true_cosines > false_cosines).tolist()
+
+    answers = collections.defaultdict(list)
+    for group, answer in zip(groups, right):
+        answers[group].append(answer)
+    accuracy = {group: 100 * fmean(answers[group]) for group in sorted(answers)}
+    macro = fmean(accuracy.values())
+    return {
+        "figures": {column: macro},
+        "counts": {"pairs": len(examples), "pairs_counted": len(used), "groups": len(accuracy)},
+        "sub_scores": {"macro": macro, "micro": 100 * fmean(right), "by_group": accuracy},
+    }
 
 
-def vg_relation(data, text, image):
-    """VG-R: does the crop prefer "X relation Y" to "Y relation X"? Mean over relations without the symmetric ones."""
-    examples = read_aro(data, "visual_genome_relation.json", lambda entry: entry["relation_name"])
-    return aro_figures("VG-R", examples, {group for group, *_ in examples} - SYMMETRIC, text, image)
+def read_aro(data, file_name, group_key):
+    """The examples of one of ARO's two files: (group, crop, true caption, false caption).
+
+    group: the relation, or the two attributes in their order. crop: (path, box in pixels).
+    """
+    path = find(data, f"aro/{file_name}")
+    folder = find(data, "aro/images")
+    examples = []
+    with reading(path):
+        for entry in json.loads(path.read_bytes()):
+            group = entry[group_key]
+            if group_key == "attributes":
+                group = "_".join(group)
+            x = entry["bbox_x"]
+            y = entry["bbox_y"]
+            box = (x, y, x + entry["bbox_w"], y + entry["bbox_h"])
+            crop = (folder / entry["image_path"], box)
+            examples.append((group, crop, entry["true_caption"], entry["false_caption"]))
+    return examples
 
 
-def vg_attribution(data, text, image):
-    """VG-A: does the crop prefer its two attributes as they are to the two swapped? Mean over ordered pairs of them."""
-    examples = read_aro(data, "visual_genome_attribution.json", lambda entry: "_".join(entry["attributes"]))
-    sizes = collections.Counter(group for group, *_ in examples)
-    return aro_figures("VG-A", examples, {group for group, size in sizes.items() if size >= 25}, text, image)
-
-
-STS = {  # the seven tasks, and the years' sub-sets; a file of another name does not count (STS13's SMT has golds alone)
+# The seven tasks, and the sub-sets of a year. Other files do not count: STS13's SMT, say, has
+# gold scores alone.
+STS = {
     "STS12": "MSRpar MSRvid SMTeuroparl surprise.OnWN surprise.SMTnews",
     "STS13": "FNWN headlines OnWN",
     "STS14": "deft-forum deft-news headlines images OnWN tweet-news",
@@ -210,122 +298,202 @@ STS = {  # the seven tasks, and the years' sub-sets; a file of another name does
 }
 
 
-def read_table(path):
-    """The lines of a file as lists of tab-separated fields. Quotes are text, and U+2028 ends no line."""
-    with reading(path), open(path, encoding="utf-8-sig", newline="\n") as lines:
-        return [line.rstrip("\r\n").split("\t") for line in lines]
+def sts(data, encode_texts, _):
+    """Column STS: Spearman's rho of cosines and gold scores in percent, mean over the tasks.
 
-
-def read_sts(data, task):
-    """(sub-set, sentence 1, sentence 2, gold) of a task's pairs; an empty gold is not scored."""
-    if task == "STS-B":  # genre, file, year, id, gold, two sentences[, two sources]
-        rows = read_table(want(data, "sts/STSBenchmark/sts-test.csv"))
-        return [(row[0], *row[5:7], row[4]) for row in rows if row != [""]]
-    if task == "SICK-R":
-        header, *rows = read_table(want(data, "sts/SICK/SICK_test_annotated.txt"))
-        columns = [header.index(name) for name in ("sentence_A", "sentence_B", "relatedness_score")]
-        return [("test", *(row[column] for column in columns)) for row in rows if row != [""]]
-    pairs = []
-    for subset in STS[task].split():
-        names = [f"sts/{task}-en-test/{prefix}.{{}}.{subset}.txt" for prefix in ("STS", f"STS20{task[3:]}")]
-        name = names[os.path.exists(os.path.join(data, names[1].format("gs")))]
-        sentences, golds = (read_table(want(data, name.format(kind))) for kind in ("input", "gs"))
-        if len(sentences) != len(golds):
-            raise InputError(f"{data}/{name.format('gs')}: {len(golds)} lines, for {len(sentences)} pairs of sentences")
-        pairs += [(subset, *row[:2], gold) for row, (gold, *_) in zip(sentences, golds) if gold.strip()]
-    return pairs
-
-
-def sts(data, text, _):
-    """STS: Spearman's rho of cosines and golds, mean over the tasks; a year's sub-sets are one list ('all' setting)."""
-    want(data, "sts")
+    All sub-sets of a year are one list, the 'all' setting. A task without its files is left out,
+    and is among not_run.
+    """
+    find(data, "sts")
     result = {"figures": {}, "counts": {}, "sub_scores": {}, "not_run": {}}
     for task in STS:
         try:
-            with reading(f"{data}/sts, {task}"):
-                subsets, first, second, golds = zip(*read_sts(data, task))
-                golds = [float(gold) for gold in golds]
-                if not all(0 <= gold <= 5 for gold in golds):  # nor nan
-                    raise ValueError("a gold score that is not from 0 to 5")
+            pairs = read_sts(data, task)
         except NotThere as missing:
             result["not_run"][task] = str(missing)
             continue
-        features = text(first + second)
-        # rounded, so that pairs of equal sentences tie: their cosines are 1, but for the last bits
-        scores = (features[: len(golds)] * features[len(golds) :]).sum(1).round(decimals=6).tolist()
-        rho = {"all": spearman(scores, golds)}
+        subsets, first, second, golds = zip(*pairs)
+        first_features, second_features = encode_texts(first + second).chunk(2)
+        # Rounded, so that all pairs of equal sentences tie: their cosines are 1 up to 2^-26.
+        cosines = (first_features * second_features).sum(1).round(decimals=6).tolist()
+        rho = {"all": spearman(cosines, golds)}
         if rho["all"] is None:
-            raise InputError(f"{task}: Spearman's rho is undefined, all golds or all cosines are equal")
+            raise InputError(f"{task}: Spearman's rho is undefined, all cosines or all gold scores "
+                             "are equal")
         for subset in dict.fromkeys(subsets):
-            rho[subset] = spearman(*zip(*((s, g) for s, g, name in zip(scores, golds, subsets) if name == subset)))
-        result["counts"][task], result["sub_scores"][task] = len(golds), rho
+            members = [index for index, name in enumerate(subsets) if name == subset]
+            rho[subset] = spearman(np.take(cosines, members), np.take(golds, members))
+        result["counts"][task] = len(pairs)
+        result["sub_scores"][task] = rho
     if result["counts"]:
         result["figures"]["STS"] = fmean(rho["all"] for rho in result["sub_scores"].values())
     return result
 
 
-def zero_shot_weights(text):
-    """[1000, D]: of each class, the normalised mean of the normalised features of its name in 80 templates."""
-    classes, templates = open_clip.IMAGENET_CLASSNAMES, open_clip.OPENAI_IMAGENET_TEMPLATES
-    prompts = text([template(name) for name in classes for template in templates])
-    return fixed_point(prompts.unflatten(0, (len(classes), len(templates))).mean(1))
+def read_sts(data, task):
+    """The scored pairs of a task: (sub-set, sentence 1, sentence 2, gold score from 0 to 5)."""
+    pairs = []
+    if task == "STS-B":  # no header: genre, file, year, id, score, sentence 1, sentence 2, sources
+        path = find(data, "sts/STSBenchmark/sts-test.csv")
+        with reading(path):
+            for genre, _, _, _, gold, first, second, *_ in read_table(path):
+                pairs.append((genre, first, second, gold_score(gold)))
+    elif task == "SICK-R":
+        path = find(data, "sts/SICK/SICK_test_annotated.txt")
+        with reading(path):
+            header, *rows = read_table(path)
+            for row in rows:
+                cells = dict(zip(header, row))
+                gold = gold_score(cells["relatedness_score"])
+                pairs.append(("test", cells["sentence_A"], cells["sentence_B"], gold))
+    else:
+        for subset in STS[task].split():
+            pairs += read_subset(data, task, subset)
+    if not pairs:
+        raise InputError(f"{data}/sts: {task} has no pair of sentences with a gold score")
+    return pairs
 
 
-def imagenet(data, text, image):
-    """Clsf: top-1 accuracy in percent on the validation images; sorted wnids are in open_clip's order of classes."""
-    folder, classes = want(data, "imagenet/val"), len(open_clip.IMAGENET_CLASSNAMES)
-    wnids = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    paths = [sorted(glob.glob(os.path.join(glob.escape(folder), wnid, "*.JPEG"))) for wnid in wnids]
-    if len(wnids) != classes or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids) or not all(paths):
-        raise InputError(f"{folder}: {len(wnids)} folders, {paths.count([])} without a .JPEG; the {classes} wnids "
-                         "(n01440764, ...) are wanted, whose order gives the classes their names")
-    labels = torch.arange(classes).repeat_interleave(torch.tensor([len(found) for found in paths]))
-    ranked = rank(image([(path, None) for found in paths for path in found]), zero_shot_weights(text), 5)
-    top1, top5 = (percent(recall(ranked, torch.arange(classes), labels, k)) for k in (1, 5))
-    return {"figures": {"Clsf": top1}, "counts": {"images": len(labels), "classes": classes},
-            "sub_scores": {"top-1": top1, "top-5": top5}}
+def read_subset(data, task, subset):
+    """The scored pairs of a year's sub-set. A pair whose gold score is empty is not scored."""
+    folder = f"sts/{task}-en-test"
+    prefix = "STS"
+    if Path(data, folder, f"STS20{task[3:]}.gs.{subset}.txt").exists():
+        prefix = f"STS20{task[3:]}"
+    sentences_path = find(data, f"{folder}/{prefix}.input.{subset}.txt")
+    golds_path = find(data, f"{folder}/{prefix}.gs.{subset}.txt")
+    pairs = []
+    with reading(f"{sentences_path} with its .gs."):
+        rows = zip(read_table(sentences_path), read_table(golds_path), strict=True)
+        for (first, second, *_), (gold, *_) in rows:
+            if gold.strip():
+                pairs.append((subset, first, second, gold_score(gold)))
+    return pairs
 
 
-def coco(data, text, image):
-    """T R@5: of the images of val2017, how many find one of their first five captions. I R@5: of these, which find it.
+def imagenet(data, encode_texts, encode_images):
+    """Column Clsf: top-1 accuracy in percent on the validation images of ImageNet-1K.
 
-    In percent. A caption of another image is no positive, even if it has the same words.
+    The sorted folders, a wnid each, are the classes in open_clip's order.
     """
-    path, folder = want(data, "coco/annotations/captions_val2017.json"), want(data, "coco/val2017")
-    with reading(path), open(path, encoding="utf-8") as file:
-        content = json.load(file)
-        names = {entry["id"]: os.path.join(folder, entry["file_name"]) for entry in content["images"]}
-        captions = {name: [] for name in sorted(names.values())}
-        for entry in content["annotations"]:
-            captions[names[entry["image_id"]]].append(entry["caption"])
-        if not (captions and all(captions.values())):
-            raise InputError(f"{path}: an image without a caption")
-    texts = [(caption, index) for index, found in enumerate(captions.values()) for caption in found[:5]]
-    image_of_text, image_of_image = torch.tensor([index for _, index in texts]), torch.arange(len(captions))
-    image_features, text_features = image([(path, None) for path in captions]), text([caption for caption, _ in texts])
-    to_text, to_image = rank(image_features, text_features), rank(text_features, image_features)
-    scores = {f"T R@{k}": percent(recall(to_text, image_of_text, image_of_image, k)) for k in (1, 5, 10)}
-    scores |= {f"I R@{k}": percent(recall(to_image, image_of_image, image_of_text, k)) for k in (1, 5, 10)}
-    return {"figures": {name: scores[name] for name in ("T R@5", "I R@5")},
-            "counts": {"images": len(captions), "captions": len(texts)}, "sub_scores": scores}
+    folder = find(data, "imagenet/val")
+    classes = len(open_clip.IMAGENET_CLASSNAMES)
+    wnids = sorted(folder.glob("n" + 8 * "[0-9]"))
+    paths = []
+    labels = []
+    for label, wnid in enumerate(wnids):
+        images = find_images(wnid)
+        if not images:
+            raise InputError(f"{wnid}: there is no image in it")
+        paths.extend(images.values())
+        labels.extend([label] * len(images))
+    if len(wnids) != classes:
+        raise InputError(f"{folder}: {len(wnids)} folders of images; the {classes} wnids "
+                         "(n01440764, ...) are wanted: their order gives the classes their names")
+    image_features = encode_images([(path, None) for path in paths])
+    rankings = rank_gallery(image_features, zero_shot_weights(encode_texts))
+    top_1 = recall(rankings, range(classes), labels, 1)
+    top_5 = recall(rankings, range(classes), labels, 5)
+    return {
+        "figures": {"Clsf": top_1},
+        "counts": {"images": len(paths), "classes": classes},
+        "sub_scores": {"top-1": top_1, "top-5": top_5},
+    }
 
 
-# ---------------------------------------------------------------- the tasks, and the paper's tables
+def zero_shot_weights(encode_texts):
+    """[1000, D]: for each class, the normalised mean feature of its name in CLIP's 80 templates."""
+    prompts = []
+    for name in open_clip.IMAGENET_CLASSNAMES:
+        for template in open_clip.OPENAI_IMAGENET_TEMPLATES:
+            prompts.append(template(name))
+    features = encode_texts(prompts)
+    return fixed_point(features.unflatten(0, (len(open_clip.IMAGENET_CLASSNAMES), -1)).mean(1))
 
-TASKS = {  # in Table 1's order: the benchmark, its columns, the counts of the paper's files
-    "paraphrase": (paraphrased_retrieval, ["AO@10", "JS@10"], {"pairs": 4155, "images": 5000}),
-    "vg-r": (vg_relation, ["VG-R"], {"pairs": 23937}),
-    "vg-a": (vg_attribution, ["VG-A"], {"pairs": 28748}),
-    "sts": (sts, ["STS"], {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186, "STS-B": 1379,
-                           "SICK-R": 4927}),
-    "imagenet": (imagenet, ["Clsf"], {"images": 50000}),
-    "coco": (coco, ["T R@5", "I R@5"], {"images": 5000, "captions": 25000}),
+
+def coco(data, encode_texts, encode_images):
+    """Columns T R@5 and I R@5, in percent, on COCO val2017 with the first five captions an image.
+
+    T R@5: for how many images is one of their captions among the five best of all captions?
+    I R@5: for how many captions is their image among the five best of all images?
+    """
+    paths, captions, image_of_caption = read_coco(data)
+    image_features = encode_images([(path, None) for path in paths])
+    caption_features = encode_texts(captions)
+    captions_for_images = rank_gallery(image_features, caption_features)
+    images_for_captions = rank_gallery(caption_features, image_features)
+    images = range(len(paths))
+    scores = {}
+    for k in (1, 5, 10):
+        scores[f"T R@{k}"] = recall(captions_for_images, image_of_caption, images, k)
+        scores[f"I R@{k}"] = recall(images_for_captions, images, image_of_caption, k)
+    return {
+        "figures": {"T R@5": scores["T R@5"], "I R@5": scores["I R@5"]},
+        "counts": {"images": len(paths), "captions": len(captions)},
+        "sub_scores": scores,
+    }
+
+
+def read_coco(data):
+    """The paths of the images, sorted; all captions; and of each the index of its image."""
+    path = find(data, "coco/annotations/captions_val2017.json")
+    folder = find(data, "coco/val2017")
+    with reading(path):
+        content = json.loads(path.read_bytes())
+        name_of = {entry["id"]: image_name(entry["file_name"]) for entry in content["images"]}
+        captions_of = collections.defaultdict(list)
+        for annotation in content["annotations"]:
+            captions_of[name_of[annotation["image_id"]]].append(annotation["caption"])
+    images = find_images(folder)
+    paths = []
+    captions = []
+    image_of_caption = []
+    for name in sorted(name_of.values()):
+        if name not in images or name not in captions_of:
+            raise InputError(f"{path}: image {name} has no caption, or no file in {folder}")
+        for caption in captions_of[name][:5]:
+            captions.append(caption)
+            image_of_caption.append(len(paths))
+        paths.append(images[name])
+    return paths, captions, image_of_caption
+
+
+# ------------------------------------------------------------------ Table 1 and Table 2
+
+
+@dataclasses.dataclass
+class Task:
+    benchmark: object  # one of the functions above
+    file: str  # below --data, without which it is not run
+    counts: dict  # of the paper's data
+
+
+TASKS = {  # in Table 1's order
+    "paraphrase": Task(
+        paraphrased_retrieval, "paraphrased_retrieval.jsonl", {"pairs": 4155, "images": 5000}
+    ),
+    "vg-r": Task(vg_relation, "aro/visual_genome_relation.json", {"pairs": 23937}),
+    "vg-a": Task(vg_attribution, "aro/visual_genome_attribution.json", {"pairs": 28748}),
+    "sts": Task(
+        sts,
+        "sts",
+        {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186,
+         "STS-B": 1379, "SICK-R": 4927},
+    ),
+    "imagenet": Task(imagenet, "imagenet/val", {"images": 50000}),
+    "coco": Task(
+        coco,
+        "coco/annotations/captions_val2017.json",
+        {"images": 5000, "captions": 25000},
+    ),
 }
-COLUMNS = [column for _, columns, _ in TASKS.values() for column in columns]
-PARACLIP = "I:T2 T:T1 T1:T2"  # L1'' + L2 + L3
-PAPER = {  # (baseline, losses it was fine-tuned with): AO@10, JS@10, VG-R, VG-A, STS, Clsf, T R@5, I R@5
-    ("openai", ""): (67.2, 57.7, 59.7, 63.2, 65.1, 63.4, 75.0, 54.8),  # Table 1
-    ("openai", PARACLIP): (72.2, 63.3, 60.7, 64.3, 72.2, 63.5, 77.0, 58.8),  # in Table 2, VG-R is 60.4 and VG-A 64.2
+COLUMNS = ["AO@10", "JS@10", "VG-R", "VG-A", "STS", "Clsf", "T R@5", "I R@5"]
+
+PARACLIP = " ".join(paraclip.PARACLIP)  # L1'' + L2 + L3
+PAPER = {  # (baseline, terms of the loss that it was fine-tuned with): Table 1's columns
+    ("openai", ""): (67.2, 57.7, 59.7, 63.2, 65.1, 63.4, 75.0, 54.8),
+    # in Table 2, the VG-R of this model is 60.4 and its VG-A 64.2
+    ("openai", PARACLIP): (72.2, 63.3, 60.7, 64.3, 72.2, 63.5, 77.0, 58.8),
     ("openclip-400m", ""): (67.6, 58.9, 46.4, 57.8, 67.2, 60.2, 76.5, 59.4),
     ("openclip-400m", PARACLIP): (71.3, 62.9, 55.4, 61.7, 70.1, 60.8, 76.1, 59.4),
     ("openclip-2b", ""): (70.6, 62.1, 45.0, 61.8, 69.6, 66.5, 80.2, 64.8),
@@ -345,216 +513,385 @@ PAPER = {  # (baseline, losses it was fine-tuned with): AO@10, JS@10, VG-R, VG-A
 }
 
 
-def paper_row(name):
-    """The paper's row for a model, by a run's config.json: {"row": "openai + I:T", "figures": {...}}, or None."""
-    (model, weights), loss = resolve(name), []
-    if weights is None:
+def paper_row(model):
+    """The paper's row for a model, {"row": "openai + I:T", "figures": {column: ...}}, or None.
+
+    It is that of a baseline, or of a run of paraclip.py: its base model and losses.
+    """
+    base = (model.open_clip_name, model.pretrained)
+    loss = []
+    if model.pretrained is None:
+        folder = model.open_clip_name.removeprefix("local-dir:")
         try:
-            with open(os.path.join(model.removeprefix("local-dir:"), "config.json"), encoding="utf-8") as file:
-                record = json.load(file)
-            model, weights, loss = *map(record["base_model"].get, ("open_clip", "pretrained")), record["flags"]["loss"]
-        except (OSError, ValueError, LookupError, TypeError):  # no run of paraclip.py
+            record = json.loads(Path(folder, "config.json").read_bytes())
+            base = (record["base_model"]["open_clip"], record["base_model"]["pretrained"])
+            loss = record["flags"]["loss"]
+        except (OSError, ValueError, LookupError, TypeError):  # it is no run of paraclip.py
             return None
-    trained = (model, os.path.basename(weights or "")), {frozenset(term.split(":")) for term in loss}
-    for (baseline, losses), figures in PAPER.items():
-        if trained == (BASELINES[baseline], {frozenset(term.split(":")) for term in losses.split()}):
-            return {"row": " + ".join([baseline, *losses.split()]), "figures": dict(zip(COLUMNS, figures))}
+    base = (base[0], os.path.basename(base[1] or ""))
+    for (baseline, paper_loss), figures in PAPER.items():
+        terms = paper_loss.split()
+        if base == paraclip.BASELINES[baseline] and unordered(loss) == unordered(terms):
+            return {"row": " + ".join([baseline, *terms]), "figures": dict(zip(COLUMNS, figures))}
+    return None
 
 
-SOURCES = {  # by the first folder or file below --data
+def unordered(loss):
+    """The terms of a loss; I:T is T:I."""
+    return {frozenset(term.split(":")) for term in loss}
+
+
+# ------------------------------------------------------------------ files below --data
+
+SOURCES = {  # where what is missing can be had, by the first part of its path
     "coco": "from cocodataset.org: val2017.zip, annotations_trainval2017.zip",
-    "paraphrased_retrieval.jsonl": 'lines of {"query", "paraphrase"[, "image_id"]}, or rows of generate.py; no public '
-                                   "download is known of the 4,155 pairs of Cheng et al. 2024, arXiv 2405.03190",
+    "images": "your own photos; or get coco/val2017 from cocodataset.org",
+    "paraphrased_retrieval.jsonl": 'a line for each pair, {"query", "paraphrase"[, "image_id"]}, '
+    "or rows of generate.py; the pairs of Cheng et al. 2024, arXiv 2405.03190, have no public "
+    "download that we know of",
     "aro": "from github.com/mertyg/vision-language-models-are-bows",
     "sts": "from SentEval's downstream data: github.com/facebookresearch/SentEval",
     "imagenet": "from image-net.org: the ILSVRC 2012 validation images, in a folder for each wnid",
 }
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # in either case
 
 
 class NotThere(InputError):
-    """A benchmark's file is missing: the cell says `not run`."""
+    """A benchmark's file is missing: it is not run."""
 
 
-def want(data, path):
-    """The path of a benchmark's file or folder, given below --data with /. Raises NotThere."""
-    if not os.path.exists(os.path.join(data, path)):
-        raise NotThere(f"{os.path.join(data, path)} is not there ({SOURCES[path.split('/')[0]]})")
-    return os.path.join(data, path)
+def find(data, path):
+    """The Path of a benchmark's file or folder, given below --data. Raises NotThere."""
+    place = Path(data, path)
+    if not place.exists():
+        raise NotThere(f"{place} is not there ({SOURCES[path.split('/')[0]]})")
+    return place
 
 
-@functools.cache
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).digest()
+def find_images(folder):
+    """The images in a folder, {name without its ending: path}, sorted by file name."""
+    images = {}
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".")  # macOS puts a ._x.jpg beside x.jpg
+        if path.suffix.lower() in IMAGE_ENDINGS and not hidden:
+            if path.stem in images:
+                raise InputError(f"{path}: {images[path.stem].name} has the same name but for its "
+                                 "ending; rename or remove one of the two")
+            images[path.stem] = path
+    return images
+
+
+def image_name(image_id):
+    """An image_id, which is a number or a path with or without an ending, as find_images' name."""
+    path = PurePosixPath(str(image_id))
+    if path.suffix.lower() in IMAGE_ENDINGS:
+        return path.stem
+    return path.name
+
+
+def read_table(path):
+    """The tab-separated fields of each line of a file. Quotes are text, as is U+2028."""
+    with open(path, encoding="utf-8-sig", newline="\n") as lines:
+        return [line.rstrip("\r\n").split("\t") for line in lines]
+
+
+def gold_score(text):
+    """A gold score of STS as a number. Raises ValueError."""
+    score = float(text)
+    if not 0 <= score <= 5:  # nan is not
+        raise ValueError(f"the gold score {text} is not from 0 to 5")
+    return score
+
+
+# ------------------------------------------------------------------ encoding
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TEXTS_AT_ONCE = 4096  # which TextEncoder sorts by length and encodes in chunks
+
+
+def make_encoders(model, image_features, args):
+    """encode_texts and encode_images of a paraclip.Model, as the benchmarks use them.
+
+    Each text and each image is encoded once. image_features {(path, box): [D]} is filled, and
+    may be shared by the models of one image tower.
+    """
+    encoder = paraclip.TextEncoder(model.clip, bf16=args.precision == "bf16")
+    text_features = {}
+
+    @torch.no_grad()
+    def encode_texts(texts):
+        new = [text for text in dict.fromkeys(texts) if text not in text_features]
+        for start in progress(range(0, len(new), TEXTS_AT_ONCE), f"{len(new):,} texts"):
+            block = new[start : start + TEXTS_AT_ONCE]
+            features, _ = encoder(model.tokenizer(block))
+            text_features.update(zip(block, features.cpu()))
+        features = torch.stack([text_features[text] for text in texts])
+        return fixed_point(features.to(DEVICE))
+
+    def encode_images(items):
+        new = [item for item in dict.fromkeys(items) if item not in image_features]
+        encoded = paraclip.encode_images(model, new, open_crop, args.workers)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=encoder.bf16):
+            for item, (feature, problem) in zip(progress(new, "images"), encoded):
+                if problem:
+                    path, _ = item
+                    raise InputError(f"{path}: can't be read as an image ({problem})")
+                image_features[item] = feature
+        features = torch.stack([image_features[item] for item in items])
+        return fixed_point(features.to(DEVICE))
+
+    return encode_texts, encode_images
 
 
 def open_crop(item):
-    """The PIL image of (path, box), cropped before any preprocessing; box: (left, upper, right, lower), or None."""
+    """The PIL image of (path, box), cropped before any preprocessing; box: pixels, or None."""
     path, box = item
-    return Image.open(path).convert("RGB").crop(box) if box else Image.open(path)
+    image = Image.open(path)
+    if box is None:
+        return image
+    return image.convert("RGB").crop(box)
 
 
-def look_up(cache, keys, items, encode):
-    """[n, D] of fixed_point of n items, each key encoded once: equal texts and equal images tie. Raises InputError."""
-    missing = {key: item for key, item in zip(keys, items) if key not in cache}
-    if missing:
-        encoded = encode(list(missing.values()))
-        cache.update(zip(missing, tqdm(encoded, "features", len(missing), False, delay=3, mininterval=BAR_SECONDS)))
-    features = torch.stack([cache[key] for key in keys])
-    if not features.isfinite().all():
-        raise InputError("the model's features are not finite: its weights are damaged")
-    return fixed_point(features).to(DEVICE)
+def progress(items, what):
+    """`items` with a progress bar, if they take longer than 3 seconds; calm in a log file."""
+    seconds = 0.3 if sys.stderr.isatty() else 30
+    return tqdm(items, what, delay=3, leave=False, mininterval=seconds)
 
 
-def encoders(clip, preprocess, tokenizer, image_cache, args):
-    """A model as two functions, text(n texts) and image(n pairs (path, box)), each -> [n, D] of fixed_point."""
-    text_encoder, text_cache = TextEncoder(clip, bf16=args.precision == "bf16"), {}
+# ------------------------------------------------------------------ Figure 3
 
-    @torch.no_grad()
-    def encode_tokens(tokens):
-        for block in torch.stack(tokens).split(TEXTS_AT_ONCE):
-            yield from text_encoder(block)[0].float().cpu()
-
-    def encode_crops(items):
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=text_encoder.bf16):
-            for (path, _), (found, why) in zip(items, encode_images(clip, preprocess, items, open_crop, args.workers)):
-                if why:
-                    raise InputError(f"{path}: can't be read as an image ({why}); get the benchmark's file again")
-                yield found
-
-    def text(texts):
-        tokens = tokenizer(list(texts))
-        return look_up(text_cache, [row.tobytes() for row in tokens.numpy()], tokens, encode_tokens)
-
-    def image(items):
-        return look_up(image_cache, [(digest(path), box) for path, box in items], items, encode_crops)
-
-    return text, image
+FONT = ImageFont.load_default(15)
+LINE = 20  # pixels from a line of text to the next
+TILE = 112  # pixels of an image with its frame
+MARGIN = 10
+GOLD = "#f0a800"
 
 
-def draw_gallery(args, rankings):
-    """Figure 3: for queries A and B of three pairs, the five best images of the first two models, the gold one framed.
+def draw_gallery(path, names, images, pairs, rankings):
+    """Figure 3: for queries A and B of three pairs, each model's five best images.
 
-    The pairs are those whose AO@10 differs most; with one model, the first. rankings: rank_pairs() of each model.
+    The pairs are those whose AO@10 differs most between the models; with one model, the first.
+    names: of one or two models. images, pairs: see read_paraphrases. rankings: rank_paraphrases
+    of each model.
     """
-    (images, pairs), rankings, side, line = read_paraphrases(args.data), rankings[:2], 112, 20  # pixels
-    overlaps = [average_overlap(a, b)[:, -1] for a, b in rankings]
-    rows = [(f"{' | '.join(args.models[:2])}; framed: the gold image", None, ())]  # text, gold, a ranking a model
-    for pair in (overlaps[-1] - overlaps[0]).abs().argsort(descending=True, stable=True)[:3].tolist():
-        scores = " and ".join(f"{100 * overlap[pair]:.1f}" for overlap in overlaps)
-        for letter, query, tops in zip("AB", pairs[pair], zip(*rankings)):
-            rows.append((f"{letter}: {query}", pairs[pair][2], [top[pair, :5].tolist() for top in tops]))
-        rows.append((f"AO@10 of A and B: {scores}", None, ()))
-    texts = [textwrap.wrap(text, 70 * len(rankings)) for text, *_ in rows]
-    height = sum(line * len(lines) + side * bool(tops) + 8 for lines, (*_, tops) in zip(texts, rows))
-    canvas = Image.new("RGB", (len(rankings) * (5 * side + 20), height), "white")
-    draw, y = ImageDraw.Draw(canvas), 4
-    for lines, (_, gold, tops) in zip(texts, rows):
-        draw.multiline_text((6, y), "\n".join(lines), "black", ImageFont.load_default(15), spacing=line - 15)
-        y += line * len(lines) + 8
-        for model, top in enumerate(tops):
-            for place, index in enumerate(top):
-                tile = ImageOps.fit(Image.open(images[index]).convert("RGB"), (side - 12, side - 12))
-                at = (model * (5 * side + 20) + place * side, y - 4)
-                canvas.paste(ImageOps.expand(tile, 6, "#f0a800" if index == gold else "white"), at)
-        y += side * bool(tops)
-    with atomic_write(args.gallery, "wb") as file:
-        canvas.save(file, "PNG")
+    overlaps = []  # [model][pair]
+    for for_queries, for_paraphrases in rankings:
+        overlaps.append(list(map(average_overlap, for_queries, for_paraphrases)))
+    differences = np.abs(np.subtract(overlaps[-1], overlaps[0]))
+
+    width = len(names) * (5 * TILE + 2 * MARGIN)
+    strips = [text_strip(names, width)]
+    for pair in np.argsort(-differences, kind="stable")[:3]:
+        query, paraphrase, gold = pairs[pair]
+        best_for_query = [for_queries[pair] for for_queries, _ in rankings]
+        best_for_paraphrase = [for_paraphrases[pair] for _, for_paraphrases in rankings]
+        scores = [f"AO@10 of A and B: {100 * overlap[pair]:.1f}" for overlap in overlaps]
+        strips.append(Image.new("RGB", (width, 1), "black"))
+        strips.append(text_strip([f"A: {query}"], width))
+        strips.append(image_strip(best_for_query, images, gold, width))
+        strips.append(text_strip([f"B: {paraphrase}"], width))
+        strips.append(image_strip(best_for_paraphrase, images, gold, width))
+        strips.append(text_strip(scores, width))
+    content = io.BytesIO()
+    Image.fromarray(np.vstack(strips)).save(content, "PNG")
+    paraclip.atomic_write(path, content.getvalue())
+
+
+def text_strip(texts, width):
+    """A picture of texts side by side, each wrapped in its share of the width."""
+    share = width // len(texts)
+    wrapped = [wrap(text, share - 2 * MARGIN) for text in texts]
+    height = LINE * max(map(len, wrapped)) + MARGIN
+    strip = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(strip)
+    for column, lines in enumerate(wrapped):
+        for number, line in enumerate(lines):
+            draw.text((column * share + MARGIN, number * LINE + MARGIN // 2), line, "black", FONT)
+    return strip
+
+
+def wrap(text, width):
+    """The lines of a text, each at most `width` pixels wide."""
+    characters = width // 5
+    lines = textwrap.wrap(text, characters)
+    while max(map(FONT.getlength, lines)) > width:
+        characters -= 1
+        lines = textwrap.wrap(text, characters)
+    return lines
+
+
+def image_strip(rankings, images, gold, width):
+    """A picture of the five best images of each ranking in a row, the gold one in gold."""
+    share = width // len(rankings)
+    strip = Image.new("RGB", (width, TILE), "white")
+    for column, ranking in enumerate(rankings):
+        for place, index in enumerate(ranking[:5]):
+            photo = Image.open(images[index]).convert("RGB")
+            tile = ImageOps.fit(photo, (TILE - 12, TILE - 12))
+            tile = ImageOps.expand(tile, 1, "grey")
+            tile = ImageOps.expand(tile, 5, GOLD if index == gold else "white")
+            strip.paste(tile, (column * share + MARGIN + place * TILE, 0))
+    return strip
+
+
+# ------------------------------------------------------------------ the table on the screen
 
 
 def table(models):
-    """The results of `models` as Markdown in Table 1's columns, and below it what was not run or has other counts."""
-    rows, notes, first = [["", *COLUMNS]], [], None
+    """The results as a Markdown table in Table 1's columns, and notes on what is missing."""
+    rows = [("", dict(zip(COLUMNS, COLUMNS))), ("---", dict.fromkeys(COLUMNS, "------:"))]
+    notes = []
+    first_figures = {}
     for model in models:
-        figures, shown = {}, dict.fromkeys(COLUMNS, "not run")
+        figures = {}
+        cells = dict.fromkeys(COLUMNS, "not run")
         for task, result in model["tasks"].items():
-            figures |= result["figures"]
-            star = "*" if result["not_run"] else ""
-            shown |= {column: f"{value:.1f}{star}" for column, value in result["figures"].items()}
-            notes += [f"not run: {part}: {why}" for part, why in result["not_run"].items()]
-            notes += [f"* {column}: the mean of {' '.join(result['counts'])} alone, not comparable with the paper's"
-                      for column in result["figures"] if result["not_run"]]
-            other = [f"{part} {result['counts'][part]:,}, not {count:,}" for part, count in TASKS[task][2].items()
-                     if result["counts"].get(part, count) != count]
-            if other:
-                notes.append(f"{task}: not the paper's data ({'; '.join(other)}), not comparable with its figures")
-        rows.append([model["name"], *shown.values()])
-        if paper := model["paper"]:
-            rows.append([f"  paper: {paper['row']}", *(f"{value:.1f}" for value in paper["figures"].values())])
-        first = figures if model is models[0] else first
-        if model is not models[0]:
-            gains = {c: f"{round(figures[c], 1) - round(first[c], 1):+.1f}" for c in figures.keys() & first.keys()}
-            rows.append([f"  minus {models[0]['name']}", *(gains.get(column, "") for column in COLUMNS)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in aligned), "", *dict.fromkeys(notes)]).strip()
+            star = ""
+            other_counts = counts_unlike_the_papers(task, result["counts"])
+            if result["figures"] and other_counts:
+                star = "*"
+                notes.append(f"* {task}: not the paper's data ({'; '.join(other_counts)}), not "
+                             "comparable with its figures")
+            for part, reason in result["not_run"].items():
+                notes.append(f"not run: {part}: {reason}")
+            for column, value in result["figures"].items():
+                figures[column] = round(value, 1)
+                cells[column] = f"{value:.1f}{star}"
+        rows.append((model["name"], cells))
+
+        paper = model["paper"]
+        if paper:
+            rows.append((f"  paper: {paper['row']}", paper["figures"]))
+        if model is models[0]:
+            first_figures = figures
+        else:
+            gains = {}
+            for column in figures.keys() & first_figures.keys():
+                gains[column] = f"{figures[column] - first_figures[column]:+.1f}"
+            rows.append((f"  minus {models[0]['name']}", gains))
+
+    width = max(len(label) for label, _ in rows)
+    lines = []
+    for label, cells in rows:
+        aligned = [f"{cells.get(column, ''):>7}" for column in COLUMNS]
+        lines.append(f"| {label:{width}} | {' | '.join(aligned)} |")
+    return "\n".join([*lines, "", *dict.fromkeys(notes)]).strip()
+
+
+def counts_unlike_the_papers(task, counts):
+    """What of a task's counts is not as in the paper, in words."""
+    other = []
+    for part, paper_count in TASKS[task].counts.items():
+        count = counts.get(part, 0)
+        if count != paper_count:
+            other.append(f"{part} {count:,}, not {paper_count:,}")
+    return other
+
+
+# ------------------------------------------------------------------ main
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
-    add, default = parser.add_argument, " (default: %(default)s)"
-    add("models", nargs="+", metavar="MODEL", help="as paraclip.py's --model: each a row, compared with the first")
-    add("--data", required=True, metavar="DIR", help="folder of the benchmarks; what is not there is named")
-    add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK", help="columns of Table 1" + default)
-    add("--json", metavar="FILE", help="write figures, counts, sub-scores and fingerprints here (default: no)")
-    add("--gallery", metavar="FILE.png", help="draw Figure 3 here: the three pairs of queries for which AO@10 of the\n"
-        "first two models differs most, either way (default: no)")
-    add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the encoders: not stated; ours" + default)
-    add("--workers", type=at_least(0), default=min(CORES, 16), help="processes that decode images: ours" + default)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL",
+        help="as paraclip.py's --model; each is a row, compared with the first")
+    add("--data", required=True, metavar="DIR", help="folder of the benchmarks")
+    add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
+        help=f"of {', '.join(TASKS)} (default: all)")
+    add("--json", metavar="FILE",
+        help="write figures, counts, sub-scores and fingerprints here (default: no)")
+    add("--gallery", metavar="FILE.png",
+        help="draw Figure 3 here, of the first two models: the three pairs whose AO@10 differs "
+        "most between them (default: no)")
+    add("--precision", default="fp32", choices=["fp32", "bf16"],
+        help="of the encoders; not stated, ours (default: %(default)s)")
+    add("--workers", type=paraclip.at_least(0), default=min(paraclip.cores(), 16), metavar="N",
+        help="processes that decode images (default: %(default)s)")
     args = parser.parse_args(argv)
-    for path, ending in ((args.json or "x.json", ".json"), (args.gallery or "x.png", ".png")):
-        below = os.path.realpath(path).startswith(os.path.realpath(args.data) + os.sep)
-        if below or not path.endswith(ending) or not os.path.isdir(os.path.dirname(path) or "."):
-            parser.error(f"{path}: must end in {ending}, in a folder that is there, and not below --data")
-    if not os.path.isdir(args.data):
-        parser.error(f"--data {args.data}: no such folder")
+
+    data = os.path.realpath(args.data)
+    for path in (args.json, args.gallery):
+        if path is not None:
+            folder = os.path.dirname(os.path.realpath(path))
+            if os.path.isdir(path) or not os.path.isdir(folder) or folder.startswith(data + os.sep):
+                parser.error(f"{path}: must be a file, in a folder that is there and that is not "
+                             "one of the benchmarks'")
     return args
 
 
-def evaluate(name, image_caches, args):
-    """One model's results on every task, and its rank_pairs(). image_caches: features by their tower's fingerprint."""
-    clip, preprocess, tokenizer = load_model(name, DEVICE)
-    tower = fingerprint(clip.visual, clip.visual.preprocess_cfg)
-    text, image = encoders(clip, preprocess, tokenizer, image_caches.setdefault(tower, {}), args)
-    tasks = {}
-    for task in [task for task in TASKS if task in args.tasks]:
-        started = time.monotonic()
-        try:
-            result = TASKS[task][0](args.data, text, image)
-        except NotThere as missing:
-            result = {"figures": {}, "counts": {}, "sub_scores": {}, "not_run": {task: str(missing)}}
-        tasks[task] = {"not_run": {}, **result}
-        said = ", ".join(f"{column} {value:.1f}" for column, value in result["figures"].items()) or "not run"
-        print(f"{name}: {task}: {said} ({time.monotonic() - started:.1f} s)", flush=True)
-    rankings = rank_pairs(*read_paraphrases(args.data), text, image) if args.gallery else None
-    return {"name": name, "fingerprint": fingerprint(clip), "image_tower": tower, "paper": paper_row(name),
-            "tasks": tasks}, rankings
+def require_data(args):
+    """Raise InputError if nothing of what --tasks asks for is below --data."""
+    files = [TASKS[task].file for task in args.tasks]
+    if not any(Path(args.data, file).exists() for file in files):
+        raise InputError(f"--data {args.data}: nothing to evaluate, none of these is there: "
+                         f"{', '.join(files)}")
+
+
+def run_task(task, args, encode_texts, encode_images):
+    """A benchmark's result, with what was not run."""
+    try:
+        result = TASKS[task].benchmark(args.data, encode_texts, encode_images)
+    except NotThere as missing:
+        return {"figures": {}, "counts": {}, "sub_scores": {}, "not_run": {task: str(missing)}}
+    return {"not_run": {}, **result}
+
+
+def describe(result):
+    """A task's figures and recalls in words."""
+    scores = {**result["figures"], **result["sub_scores"]}
+    shown = [name for name in scores if name in COLUMNS or "R@" in name]
+    return ", ".join(f"{name} {scores[name]:.1f}" for name in shown) or "not run"
 
 
 def main():
     args = parse_args()
+    require_data(args)
     for name in args.models:
-        resolve(name)
-    try:
-        args.gallery and read_paraphrases(args.data)
-    except NotThere as missing:
-        print(f"--gallery: not run: {missing}")
-        args.gallery = None
-    torch.backends.cudnn.allow_tf32 = False  # else "fp32" convolutions keep 10 bits of 23
-    versions = {package.__name__: package.__version__ for package in (torch, open_clip, scipy)}
-    report, image_caches, rankings = {"flags": vars(args), "device": DEVICE, "models": [], "versions": versions}, {}, []
-    for name in args.models:
-        result, ranking = evaluate(name, image_caches, args)
-        report["models"].append(result)
-        rankings.append(ranking)
-        if args.json:
-            with atomic_write(args.json) as file:
-                json.dump(report, file, indent=1, allow_nan=False)
-    print(f"\n{table(report['models'])}")
+        paraclip.find_model(name)
+    images = None
     if args.gallery:
-        draw_gallery(args, rankings)
+        try:
+            images, pairs = read_paraphrases(args.data)
+        except NotThere as missing:
+            print(f"--gallery: not run: {missing}")
+    torch.backends.cudnn.allow_tf32 = False  # else "fp32" convolutions keep 10 bits of 23
+
+    versions = {package.__name__: package.__version__ for package in (torch, open_clip, scipy)}
+    report = {"flags": vars(args), "device": DEVICE, "versions": versions, "models": []}
+    image_features = collections.defaultdict(dict)  # of each image tower
+    rankings = []
+    for name in args.models:
+        model = paraclip.load_model(name, DEVICE)
+        tower_features = image_features[model.image_tower]
+        encode_texts, encode_images = make_encoders(model, tower_features, args)
+        results = {
+            "name": name,
+            "fingerprint": model.fingerprint,
+            "image_tower": model.image_tower,
+            "paper": paper_row(model),
+            "tasks": {},
+        }
+        report["models"].append(results)
+        for task in TASKS:
+            if task in args.tasks:
+                started = time.monotonic()
+                result = run_task(task, args, encode_texts, encode_images)
+                results["tasks"][task] = result
+                seconds = time.monotonic() - started
+                print(f"{name}: {task}: {describe(result)} ({seconds:.1f} s)", flush=True)
+                if args.json:
+                    paraclip.write_json(args.json, report)
+        if images and len(rankings) < 2:
+            rankings.append(rank_paraphrases(images, pairs, encode_texts, encode_images))
+    print(f"\n{table(report['models'])}")
+    if images:
+        draw_gallery(args.gallery, args.models[:2], images, pairs, rankings)
 
 
 if __name__ == "__main__":
-    run(main)
+    paraclip.run(main)
