@@ -82,7 +82,8 @@ def fixed_point(features):
 
     A product of two such numbers is a multiple of 2^-52, and float64 holds every partial sum of
     a cosine exactly. So the order of the sum, and with it block size, threads and device, can't
-    decide between two items, and equal features tie to the last bit. Raises InputError.
+    decide between two items, and equal features tie to the last bit. Raises InputError if a
+    feature is not finite.
     """
     if not features.isfinite().all():
         raise InputError("the model's features are not finite: its weights are damaged")
@@ -104,12 +105,12 @@ def rank_gallery(queries, gallery, k=10):
 
 
 # ------------------------------------------------------------------ the benchmarks of section 3.2
-# Each reads its files, encodes, and returns
+# Each benchmark reads its files, encodes them, and returns
 #   figures     {column of Table 1: percent}
 #   counts      {what: how many}
-#   sub_scores  {name: percent}, or such dicts
-# encode_texts(n texts) and encode_images(n pairs of a path and a box to crop, or None) return
-# features [n, D], fixed_point.
+#   sub_scores  {name: percent}; of STS and VG, dicts of them too
+# It is given encode_texts(n texts) and encode_images(n pairs (path, box or None)), which return
+# features [n, D], fixed_point; see make_encoders.
 
 
 def paraphrased_retrieval(data, encode_texts, encode_images):
@@ -285,8 +286,8 @@ def read_aro(data, file_name, group_key):
     return examples
 
 
-# The seven tasks, and the sub-sets of a year. Other files do not count: STS13's SMT, say, has
-# gold scores alone.
+# The seven tasks, and the sub-sets of each year. Files of other sub-sets are not read: STS13's
+# SMT has gold scores without sentences.
 STS = {
     "STS12": "MSRpar MSRvid SMTeuroparl surprise.OnWN surprise.SMTnews",
     "STS13": "FNWN headlines OnWN",
@@ -301,8 +302,8 @@ STS = {
 def sts(data, encode_texts, _):
     """Column STS: Spearman's rho of cosines and gold scores in percent, mean over the tasks.
 
-    All sub-sets of a year are one list, the 'all' setting. A task without its files is left out,
-    and is among not_run.
+    Scored are the pairs that have a gold score. All sub-sets of a year are one list, the 'all'
+    setting. A task without its files is left out of the mean, and is in not_run.
     """
     find(data, "sts")
     result = {"figures": {}, "counts": {}, "sub_scores": {}, "not_run": {}}
@@ -363,9 +364,12 @@ def read_subset(data, task, subset):
     sentences_path = find(data, f"{folder}/{prefix}.input.{subset}.txt")
     golds_path = find(data, f"{folder}/{prefix}.gs.{subset}.txt")
     pairs = []
-    with reading(f"{sentences_path} with its .gs."):
-        rows = zip(read_table(sentences_path), read_table(golds_path), strict=True)
-        for (first, second, *_), (gold, *_) in rows:
+    with reading(f"{data}/{folder}, {subset}"):
+        sentences = read_table(sentences_path)
+        golds = read_table(golds_path)
+        if len(sentences) != len(golds):
+            raise InputError(f"{golds_path}: {len(golds)} lines, for {len(sentences)} pairs")
+        for (first, second, *_), (gold, *_) in zip(sentences, golds):
             if gold.strip():
                 pairs.append((subset, first, second, gold_score(gold)))
     return pairs
@@ -382,14 +386,12 @@ def imagenet(data, encode_texts, encode_images):
     paths = []
     labels = []
     for label, wnid in enumerate(wnids):
-        images = find_images(wnid)
-        if not images:
-            raise InputError(f"{wnid}: there is no image in it")
-        paths.extend(images.values())
-        labels.extend([label] * len(images))
-    if len(wnids) != classes:
-        raise InputError(f"{folder}: {len(wnids)} folders of images; the {classes} wnids "
-                         "(n01440764, ...) are wanted: their order gives the classes their names")
+        for path in find_images(wnid).values():
+            paths.append(path)
+            labels.append(label)
+    if len(wnids) != classes or not paths:
+        raise InputError(f"{folder}: {len(paths)} images in {len(wnids)} folders n01440764, ...; "
+                         f"all {classes} are wanted, as their order names the classes")
     image_features = encode_images([(path, None) for path in paths])
     rankings = rank_gallery(image_features, zero_shot_weights(encode_texts))
     top_1 = recall(rankings, range(classes), labels, 1)
@@ -435,7 +437,7 @@ def coco(data, encode_texts, encode_images):
 
 
 def read_coco(data):
-    """The paths of the images, sorted; all captions; and of each the index of its image."""
+    """The paths of the images, all captions, and of each caption the index of its image."""
     path = find(data, "coco/annotations/captions_val2017.json")
     folder = find(data, "coco/val2017")
     with reading(path):
@@ -444,17 +446,18 @@ def read_coco(data):
         captions_of = collections.defaultdict(list)
         for annotation in content["annotations"]:
             captions_of[name_of[annotation["image_id"]]].append(annotation["caption"])
-    images = find_images(folder)
     paths = []
     captions = []
     image_of_caption = []
-    for name in sorted(name_of.values()):
-        if name not in images or name not in captions_of:
-            raise InputError(f"{path}: image {name} has no caption, or no file in {folder}")
-        for caption in captions_of[name][:5]:
-            captions.append(caption)
-            image_of_caption.append(len(paths))
-        paths.append(images[name])
+    for name, image in find_images(folder).items():
+        if name in captions_of:
+            for caption in captions_of[name][:5]:
+                captions.append(caption)
+                image_of_caption.append(len(paths))
+            paths.append(image)
+    if len(paths) < max(1, len(name_of)):
+        raise InputError(f"{path}: of its {len(name_of)} images only {len(paths)} have a caption "
+                         f"and are in {folder}")
     return paths, captions, image_of_caption
 
 
@@ -680,29 +683,30 @@ def draw_gallery(path, names, images, pairs, rankings):
     differences = np.abs(np.subtract(overlaps[-1], overlaps[0]))
 
     width = len(names) * (5 * TILE + 2 * MARGIN)
-    strips = [text_strip(names, width)]
+    strips = [text_strip(names, width, "lightgrey")]
     for pair in np.argsort(-differences, kind="stable")[:3]:
         query, paraphrase, gold = pairs[pair]
         best_for_query = [for_queries[pair] for for_queries, _ in rankings]
         best_for_paraphrase = [for_paraphrases[pair] for _, for_paraphrases in rankings]
         scores = [f"AO@10 of A and B: {100 * overlap[pair]:.1f}" for overlap in overlaps]
-        strips.append(Image.new("RGB", (width, 1), "black"))
         strips.append(text_strip([f"A: {query}"], width))
         strips.append(image_strip(best_for_query, images, gold, width))
         strips.append(text_strip([f"B: {paraphrase}"], width))
         strips.append(image_strip(best_for_paraphrase, images, gold, width))
         strips.append(text_strip(scores, width))
+        strips.append(Image.new("RGB", (width, 2), "black"))
+    strips.append(text_strip(["Gold frame: the image that A and B are about"], width))
     content = io.BytesIO()
     Image.fromarray(np.vstack(strips)).save(content, "PNG")
     paraclip.atomic_write(path, content.getvalue())
 
 
-def text_strip(texts, width):
+def text_strip(texts, width, background="white"):
     """A picture of texts side by side, each wrapped in its share of the width."""
     share = width // len(texts)
     wrapped = [wrap(text, share - 2 * MARGIN) for text in texts]
     height = LINE * max(map(len, wrapped)) + MARGIN
-    strip = Image.new("RGB", (width, height), "white")
+    strip = Image.new("RGB", (width, height), background)
     draw = ImageDraw.Draw(strip)
     for column, lines in enumerate(wrapped):
         for number, line in enumerate(lines):
@@ -727,10 +731,9 @@ def image_strip(rankings, images, gold, width):
     for column, ranking in enumerate(rankings):
         for place, index in enumerate(ranking[:5]):
             photo = Image.open(images[index]).convert("RGB")
-            tile = ImageOps.fit(photo, (TILE - 12, TILE - 12))
-            tile = ImageOps.expand(tile, 1, "grey")
-            tile = ImageOps.expand(tile, 5, GOLD if index == gold else "white")
-            strip.paste(tile, (column * share + MARGIN + place * TILE, 0))
+            tile = ImageOps.fit(photo, (TILE - 16, TILE - 16))
+            tile = ImageOps.expand(tile, 4, GOLD if index == gold else "lightgrey")
+            strip.paste(tile, (column * share + MARGIN + place * TILE, 4))
     return strip
 
 
@@ -814,13 +817,13 @@ def parse_args(argv=None):
         help="processes that decode images (default: %(default)s)")
     args = parser.parse_args(argv)
 
-    data = os.path.realpath(args.data)
     for path in (args.json, args.gallery):
         if path is not None:
-            folder = os.path.dirname(os.path.realpath(path))
-            if os.path.isdir(path) or not os.path.isdir(folder) or folder.startswith(data + os.sep):
-                parser.error(f"{path}: must be a file, in a folder that is there and that is not "
-                             "one of the benchmarks'")
+            folder = Path(path).resolve().parent
+            if os.path.isdir(path) or not os.access(folder, os.W_OK):
+                parser.error(f"{path}: must be a file in a folder that is there, to write to")
+            if Path(args.data).resolve() in folder.parents:  # --data itself is none of them
+                parser.error(f"{path}: must not be in a folder of --data, among the benchmarks")
     return args
 
 

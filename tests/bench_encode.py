@@ -1,11 +1,12 @@
-"""Features a second of evaluate.py and of paraclip.py's cache against open_clip's own path, side by side in one run.
+"""Features a second of evaluate.py and of paraclip.py's cache, against open_clip's own path.
 
     python tests/bench_encode.py                                     # ViT-B-32 on this CPU
     python tests/bench_encode.py --device cuda --count 20000         # on a GPU
     python tests/bench_encode.py --images FOLDER --captions FILE     # real ones
 
-open_clip's path: preprocessed images through a DataLoader, encode_image; the texts through its tokenizer and encode_text,
-77 tokens each; in batches of --batch-size. Prints rates, their ratios, and how far the features are apart; asserts nothing.
+open_clip's path: preprocessed images through a DataLoader, encode_image; the texts through its
+tokenizer and encode_text, 77 tokens each; in batches of --batch-size. All run in turn in one
+process. Prints rates, their ratios, and how far the features are apart; asserts nothing.
 """
 
 import argparse
@@ -28,97 +29,133 @@ import evaluate
 import paraclip
 
 
-def draw_images(folder, count, rng):
+def draw_images(folder, count, random):
     """JPEGs of 640 x 480 pixels, as most of COCO's."""
     for i in range(count):
-        blobs = Image.fromarray(rng.integers(0, 256, (60, 80, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
-        blobs.save(folder / f"{i:06}.jpg", quality=90)
+        pixels = random.integers(0, 256, (60, 80, 3), np.uint8)
+        image = Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC)
+        image.save(folder / f"{i:06}.jpg", quality=90)
 
 
-def plain_images(clip, preprocess, paths, flags, device):
+@torch.no_grad()
+def plain_images(model, paths, flags, device):
     """open_clip's way."""
+
     def load(batch):
-        return torch.stack([preprocess(Image.open(path)) for path in batch])
+        return torch.stack([model.preprocess(Image.open(path)) for path in batch])
 
-    with torch.no_grad():
-        return torch.cat([clip.encode_image(batch.to(device), normalize=True).float().cpu()
-                          for batch in DataLoader(paths, flags.batch_size, collate_fn=load, num_workers=flags.workers)])
+    loader = DataLoader(paths, flags.batch_size, collate_fn=load, num_workers=flags.workers)
+    features = []
+    for batch in loader:
+        features.append(model.clip.encode_image(batch.to(device), normalize=True).float().cpu())
+    return torch.cat(features)
 
 
-def plain_texts(clip, tokenizer, captions, flags, device):
+@torch.no_grad()
+def plain_texts(model, captions, flags, device):
     """open_clip's way."""
-    parts = [captions[i : i + flags.batch_size] for i in range(0, len(captions), flags.batch_size)]
-    with torch.no_grad():
-        return torch.cat([clip.encode_text(tokenizer(part).to(device), normalize=True).float().cpu() for part in parts])
+    features = []
+    for start in range(0, len(captions), flags.batch_size):
+        tokens = model.tokenizer(captions[start : start + flags.batch_size]).to(device)
+        features.append(model.clip.encode_text(tokens, normalize=True).float().cpu())
+    return torch.cat(features)
 
 
-def cached(clip, preprocess, paths, flags):
+def cached(model, paths, flags):
     """paraclip.py's feature cache, empty at first, written and read."""
     with tempfile.TemporaryDirectory() as output:
-        args = paraclip.parse_args(["--rows", "", "--output", output, "--images", str(paths[0].parent), "--workers", str(flags.workers)])
-        return torch.cat(paraclip.cache_image_features(clip, preprocess, [path.name for path in paths], args)[0]).float()
+        words = ["--rows", "", "--output", output, "--images", str(paths[0].parent)]
+        args = paraclip.parse_args([*words, "--workers", str(flags.workers)])
+        names = [path.name for path in paths]
+        slices, _ = paraclip.cache_image_features(model, names, args)
+        return torch.cat(slices).float()
 
 
-def tower_alone(clip, count, flags, device):
-    size = clip.visual.image_size
-    images = torch.randn(flags.batch_size, 3, *(size if isinstance(size, tuple) else (size, size)), device=device)
-    with torch.no_grad():
-        for done in range(0, count, flags.batch_size):
-            features = clip.encode_image(images[: count - done], normalize=True).cpu()  # waits for the GPU
+@torch.no_grad()
+def tower_alone(model, count, flags, device):
+    size = model.clip.visual.image_size
+    if not isinstance(size, tuple):
+        size = (size, size)
+    images = torch.randn(flags.batch_size, 3, *size, device=device)
+    for done in range(0, count, flags.batch_size):
+        features = model.clip.encode_image(images[: count - done], normalize=True)
+        features = features.cpu()  # waits for the GPU
     return features
 
 
 def compare(unit, count, ways):
-    """Run the ways in turn, five times over; a line each. The first is what the others are held against."""
-    rates, features = {}, {}
+    """Run the ways in turn, five times; a line each. The others are held against the first."""
+    rates = {name: [] for name in ways}
+    features = {}
     for _ in range(5):
         for name, way in ways.items():
             started = time.perf_counter()
             features[name] = way()
-            rates.setdefault(name, []).append(count / (time.perf_counter() - started))
-    (base, naive), *_ = features.items()
+            rates[name].append(count / (time.perf_counter() - started))
+    base = next(iter(ways))
     for name, rate in rates.items():
         ratios = sorted(one / other for one, other in zip(rate, rates[base]))
-        apart = f"apart by {(features[name] - naive).abs().max():.1e}" if features[name].shape == naive.shape else ""
-        print(f"{name:34} {statistics.median(rate):9.1f} {unit}/s  {statistics.median(ratios):5.2f} x "
-              f"[{ratios[0]:.2f} .. {ratios[-1]:.2f}]  {apart}", flush=True)
+        apart = ""
+        if features[name].shape == features[base].shape:
+            apart = f"apart by {(features[name] - features[base]).abs().max():.1e}"
+        print(f"{name:34} {statistics.median(rate):9.1f} {unit}/s  "
+              f"{statistics.median(ratios):5.2f} x [{ratios[0]:.2f} .. {ratios[-1]:.2f}]  {apart}",
+              flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--model", default="ViT-B-32:random")
-    parser.add_argument("--count", type=int, default=256, help="images, and captions, a repeat (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="of open_clip's path")
-    parser.add_argument("--workers", type=int, default=min(paraclip.CORES, 16))
-    parser.add_argument("--images", default="", help="a folder of .jpg (default: drawn ones of COCO's size)")
-    parser.add_argument("--captions", default="", help="a caption a line (default: random ones of the web's lengths)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--model", default="ViT-B-32:random")
+    add("--count", type=int, default=256, help="images, and captions, a repeat (default: 256)")
+    add("--batch-size", type=int, default=64, help="of open_clip's path")
+    add("--workers", type=int, default=min(paraclip.cores(), 16))
+    add("--images", default="", help="a folder of .jpg (default: drawn ones of COCO's size)")
+    add("--captions", default="", help="a caption a line (default: random, of the web's lengths)")
     flags = parser.parse_args()
     if flags.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    device, rng = paraclip.set_up_ranks(), np.random.default_rng(0)
-    clip, preprocess, tokenizer = paraclip.load_model(flags.model, device)
-    captions = Path(flags.captions).read_text().splitlines() if flags.captions else random_captions(flags.count, rng)
+
+    device = paraclip.set_up_ranks()
+    random = np.random.default_rng(0)
+    model = paraclip.load_model(flags.model, device)
+    if flags.captions:
+        captions = Path(flags.captions).read_text().splitlines()
+    else:
+        captions = random_captions(flags.count, random)
     captions = list(dict.fromkeys(captions))[: flags.count]
-    print(f"{flags.model} on {device}, {flags.workers} workers, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    print(f"{flags.model} on {device}, {flags.workers} workers, {threads} threads")
+
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(flags.images or folder)
         if not flags.images:
-            draw_images(folder, flags.count, rng)
+            draw_images(folder, flags.count, random)
         paths = sorted(folder.glob("*.jpg"))[: flags.count]
+        words = [flags.model, "--data", str(folder), "--workers", str(flags.workers)]
+        args = evaluate.parse_args(words)
 
-        def encoders():
-            args = evaluate.parse_args([flags.model, "--data", str(folder), "--workers", str(flags.workers)])
-            return evaluate.encoders(clip, preprocess, tokenizer, {}, args)
+        def evaluate_texts():
+            encode_texts, _ = evaluate.make_encoders(model, {}, args)
+            return encode_texts(captions).float().cpu()
+
+        def evaluate_images():
+            _, encode_images = evaluate.make_encoders(model, {}, args)
+            return encode_images([(path, None) for path in paths]).float().cpu()
 
         compare("texts", len(captions), {
-            "open_clip, texts": lambda: plain_texts(clip, tokenizer, captions, flags, device),
-            "evaluate.py, texts": lambda: encoders()[0](captions).float().cpu()})
+            "open_clip, texts": lambda: plain_texts(model, captions, flags, device),
+            "evaluate.py, texts": evaluate_texts,
+        })
         compare("images", len(paths), {
-            "open_clip, images": lambda: plain_images(clip, preprocess, paths, flags, device),
-            "the tower alone": lambda: tower_alone(clip, len(paths), flags, device),
-            "paraclip.py, feature cache": lambda: cached(clip, preprocess, paths, flags),
-            "evaluate.py, images": lambda: encoders()[1]([(str(path), None) for path in paths]).float().cpu()})
+            "open_clip, images": lambda: plain_images(model, paths, flags, device),
+            "the tower alone": lambda: tower_alone(model, len(paths), flags, device),
+            "paraclip.py, feature cache": lambda: cached(model, paths, flags),
+            "evaluate.py, images": evaluate_images,
+        })
 
 
 if __name__ == "__main__":

@@ -214,10 +214,9 @@ def test_imagenet_order_and_damage(tmp_path):
     assert result["figures"] == {"Clsf": 75}
     assert result["counts"] == {"images": 1000, "classes": 1000}
     (tmp_path / "imagenet/val/n00000002/a.JPEG").unlink()
-    with pytest.raises(InputError, match="n00000002: there is no image in it"):
-        evaluate.imagenet(tmp_path, encode_texts, encode_images)
+    assert evaluate.imagenet(tmp_path, encode_texts, encode_images)["counts"]["images"] == 999
     (tmp_path / "imagenet/val/n00000002").rmdir()
-    with pytest.raises(InputError, match="999 folders"):
+    with pytest.raises(InputError, match="999 images in 999 folders"):
         evaluate.imagenet(tmp_path, encode_texts, encode_images)
 
 
@@ -281,10 +280,10 @@ def test_damaged_and_missing_files(data, restored, file):
     ("paraphrased_retrieval.jsonl", '"the same"', '" "', "jsonl:5: ValueError: a text is blank"),
     ("coco/annotations/captions_val2017.json", '"image_id": 139', '"image_id": 7',
      "captions_val2017.json: can't be read: KeyError: 7"),
-    ("coco/annotations/captions_val2017.json", NAMES[0], "1.jpg", "image 1 has no caption, or no"),
+    ("coco/annotations/captions_val2017.json", NAMES[0], "1.jpg", "of its 14 images only 13 have"),
     ("sts/STS12-en-test/STS.gs.MSRvid.txt", "\n5\n", "\nnan\n", "ValueError: the gold score nan"),
-    ("sts/STS12-en-test/STS.gs.MSRvid.txt", "\n5\n", "\n", "MSRvid.txt with its .gs.: can't be"),
-    ("sts/STS12-en-test/STS.input.MSRvid.txt", "\t", " ", "MSRvid.txt with its .gs.: can't be"),
+    ("sts/STS12-en-test/STS.gs.MSRvid.txt", "\n5\n", "\n", "gs.MSRvid.txt: 6 lines, for 7 pairs"),
+    ("sts/STS12-en-test/STS.input.MSRvid.txt", "\t", " ", "STS12-en-test, MSRvid: can't be read"),
 ])
 def test_bad_values(data, restored, file, old, new, error):
     good = (data / file).read_text()
@@ -472,9 +471,9 @@ def test_two_models_as_a_user(data, models, tmp_path):
 
 def test_errors_before_the_work(data, models, tmp_path, monkeypatch, capsys):
     for flags, message in (
-        (["--json", tmp_path / "no/r.json"], "no/r.json: must be a file, in a folder that is"),
+        (["--json", tmp_path / "no/r.json"], "no/r.json: must be a file in a folder that is"),
         (["--gallery", tmp_path], f"{tmp_path}: must be a file"),
-        (["--gallery", data / "coco/val2017/figure3.png"], "must be a file, in a folder that"),
+        (["--gallery", data / "coco/val2017/figure3.png"], "must not be in a folder of --data"),
         (["--workers", -1], "--workers"),
         (["--tasks", "clsf"], "--tasks"),
     ):
@@ -683,10 +682,10 @@ def test_a_gallery_of_one_model_and_odd_queries(data, models, tmp_path, monkeypa
     main(monkeypatch, *flags, "--tasks", "paraphrase")
     pixels = np.asarray(Image.open(figure))
     assert pixels.shape[1] == 580
-    assert (pixels[:5, :] == 255).all()
-    lines = (pixels == 0).all(axis=(1, 2))  # the lines between examples go from edge to edge
-    assert lines.sum() == 3
-    assert (pixels[~lines][:, -8:] == 255).all()
+    below_title = pixels[30:]
+    lines = (below_title == 0).all(axis=(1, 2))  # they go from edge to edge
+    assert lines.sum() == 3 * 2
+    assert (below_title[~lines][:, -8:] == 255).all()
 
 
 def test_paper_rows(tmp_path):
