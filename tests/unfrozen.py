@@ -8,6 +8,7 @@ image features are of no use now: each step decodes and encodes its images, with
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import paraclip
 from paraclip import at_least, batches, cosine_lr, loss_terms
+
+IMAGES_AT_ONCE = 100  # whose activations are in memory
 
 
 class Examples(paraclip.Examples):
@@ -45,9 +48,15 @@ def encode_images(clip, pixels):
     chunks nor the evaluation would give the features that are trained here.
     """
     features = []
-    for chunk in pixels.to(clip.logit_scale).split(100):
+    for chunk in pixels.to(clip.logit_scale).split(IMAGES_AT_ONCE):
         features.append(checkpoint(clip.encode_image, chunk, True, use_reentrant=False))
     return torch.cat(features)
+
+
+def total_loss(encoder, tokens, pixels, loss):
+    """L_total of section 2.2, with a gradient for both towers."""
+    image_features = encode_images(encoder.clip, pixels)
+    return sum(loss_terms(encoder, tokens, image_features, loss).values())
 
 
 def main():
@@ -64,8 +73,7 @@ def main():
     model = paraclip.load_model(args.model, device)
     encoder = paraclip.TextEncoder(model.clip, args.micro_batch, args.precision == "bf16")
     text_optimizer = paraclip.make_optimizer(encoder, args.lr, args.weight_decay)
-    model.clip.visual.requires_grad_(True)
-    visual = model.clip.visual
+    visual = model.clip.visual.requires_grad_(True)
     image_optimizer = paraclip.make_optimizer(visual, own.image_lr, args.weight_decay)
 
     kinds = [kind for kind in paraclip.kinds_of(args.loss) if kind != "I"]
@@ -78,13 +86,12 @@ def main():
         for optimizer, lr in ((text_optimizer, args.lr), (image_optimizer, own.image_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = cosine_lr(lr, step, steps)
-        image_features = encode_images(model.clip, pixels)
-        loss = sum(loss_terms(encoder, tokens, image_features, args.loss).values())
+        loss = total_loss(encoder, tokens, pixels, args.loss)
         loss.backward()
         for optimizer in (text_optimizer, image_optimizer):
             optimizer.step()
             optimizer.zero_grad()
-        model.clip.logit_scale.data.clamp_(0, paraclip.math.log(100))
+        model.clip.logit_scale.data.clamp_(0, math.log(100))
         bar.set_postfix({"loss": loss.item()}, refresh=False)
     paraclip.export(model, args.output)
     print(f"done: {args.output} is an open_clip model, local-dir:{args.output}")
