@@ -749,14 +749,14 @@ def table(models):
         figures = {}
         cells = dict.fromkeys(COLUMNS, "not run")
         for task, result in model["tasks"].items():
-            star = ""
+            star = ""  # a mean in which a task of STS is missing has one
+            for part, reason in result["not_run"].items():
+                star = "*"
+                notes.append(f"not run: {part}: {reason}")
             other_counts = counts_unlike_the_papers(task, result["counts"])
             if result["figures"] and other_counts:
-                star = "*"
-                notes.append(f"* {task}: not the paper's data ({'; '.join(other_counts)}), not "
-                             "comparable with its figures")
-            for part, reason in result["not_run"].items():
-                notes.append(f"not run: {part}: {reason}")
+                notes.append(f"{star}{task}: not the paper's data ({'; '.join(other_counts)}), "
+                             "not comparable with its figures")
             for column, value in result["figures"].items():
                 figures[column] = round(value, 1)
                 cells[column] = f"{value:.1f}{star}"
@@ -803,7 +803,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL",
         help="as paraclip.py's --model; each is a row, compared with the first")
-    add("--data", required=True, metavar="DIR", help="folder of the benchmarks")
+    add("--data", required=True, metavar="DIR", help="folder of the benchmarks; what is not there is said")
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
         help=f"of {', '.join(TASKS)} (default: all)")
     add("--json", metavar="FILE",

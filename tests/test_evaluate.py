@@ -433,8 +433,8 @@ def test_two_models_as_a_user(data, models, tmp_path):
     assert base["Clsf"] == trained["Clsf"] == "not run"
     assert gains["Clsf"] == ""
     assert f"not run: imagenet: {data}/imagenet/val is not there (from image-net.org" in out
-    assert "* coco: not the paper's data (images 14, not 5,000; captions 70, not 25,000)" in out
-    assert "* sts: not the paper's data (STS12 35, not 3,108; " in out
+    assert "\ncoco: not the paper's data (images 14, not 5,000; captions 70, not 25,000)" in out
+    assert "\nsts: not the paper's data (STS12 35, not 3,108; " in out
     paper = " ".join(cells(out, "paper: openai + I:T").values())
     assert paper == "68.9 59.9 58.0 62.4 68.7 63.7 75.8 58.0"
 
@@ -443,8 +443,8 @@ def test_two_models_as_a_user(data, models, tmp_path):
     before, after = figures_in(tmp_path / "results.json")
     assert before != after
     for column in before:
-        assert base[column] == f"{before[column]:.1f}*"
-        assert trained[column] == f"{after[column]:.1f}*"
+        assert base[column] == f"{before[column]:.1f}"
+        assert trained[column] == f"{after[column]:.1f}"
         # the difference of the figures as they are shown
         assert gains[column] == f"{round(after[column], 1) - round(before[column], 1):+.1f}"
     assert first["image_tower"] == second["image_tower"]
@@ -467,6 +467,19 @@ def test_two_models_as_a_user(data, models, tmp_path):
     assert figure.height > 600
     colours = {colour for _, colour in figure.getcolors(1 << 24)}
     assert (0xF0, 0xA8, 0) in colours  # a gold frame; and the picture was looked at
+
+
+def test_a_missing_task_of_sts_is_said(data, models, tmp_path, monkeypatch, capsys):
+    """The mean of the others has a star, and a note says of what it is the mean."""
+    (tmp_path / "sts").mkdir()
+    for folder in (data / "sts").iterdir():
+        if folder.name != "STS13-en-test":
+            (tmp_path / "sts" / folder.name).symlink_to(folder)
+    main(monkeypatch, models[0], "--data", tmp_path, "--tasks", "sts")
+    out = capsys.readouterr().out
+    assert re.fullmatch(r"-?\d+\.\d\*", cells(out, models[0])["STS"])
+    assert "\n*sts: not the paper's data (STS12 35, not 3,108; STS13 0, not 1,500; " in out
+    assert f"\nnot run: STS13: {tmp_path}/sts/STS13-en-test/STS.input.FNWN.txt is not there" in out
 
 
 def test_errors_before_the_work(data, models, tmp_path, capsys):
