@@ -803,7 +803,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL",
         help="as paraclip.py's --model; each is a row, compared with the first")
-    add("--data", required=True, metavar="DIR", help="folder of the benchmarks; what is not there is said")
+    add("--data", required=True, metavar="DIR",
+        help="folder of the benchmarks; what is not there is said")
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
         help=f"of {', '.join(TASKS)} (default: all)")
     add("--json", metavar="FILE",
