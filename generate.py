@@ -54,7 +54,8 @@ def two_step(caption, ask):
 # ---------------------------------------------------------------- what a good answer is
 
 FINISHED = ("none", "", "stop", "stop_sequence", "eos", "eos_token", "end_turn", "complete")
-MARKUP = re.compile(r"[<>\[\]{}|\\*_`◁▷▁\ufffd]|#(?! ?\d)")  # "player #33" is none
+MARKUP = re.compile(r"[<>\[\]{}|\\*_`◁▷▁\ufffd]|#(?! ?\d)")  # "player #33" has no markup
+# Now and then a good answer has one of these ("World War I"): 8 of 4,000 by people were refused.
 TASK_WORDS = re.compile(
     r"\bI\b(?!-)|(?i:\b(?:paraphras|rephras|reword|rewrit|concise|caption|sorry|apolog))"
 )
@@ -177,18 +178,20 @@ class Endpoint:
     def ask(self, prompt, source, may_echo=True):
         """A good answer to `prompt` about `source`, after --max-retries more tries at most.
 
-        Raises CaptionFailed, or InputError where no other caption can get an answer either.
+        A Retry-After makes all workers wait; a 429 with one is not counted against a caption
+        while others get answers. Raises CaptionFailed, or InputError where no other caption can
+        get an answer either.
         """
         tries = 0
         while True:
-            good_answers = self.good_answers  # before the wait at the gate, in which others succeed
+            answers_before = self.good_answers  # others may get some while this one waits
             status, text, retry_after = self.post(prompt.format(source))
             status, completion = read_reply(status, text)
             if completion:
                 return self.accept(completion, source, may_echo)
 
             kind = {0: "no answer", 200: "no chat completion"}.get(status, f"HTTP {status}")
-            reason = f"{kind}: {first_words(text)}"
+            reason = f"{kind}: {self.quote(text)}"
             if status == 401:  # its text may hold half of the key
                 raise InputError(f"{self.url}: HTTP 401: OPENAI_API_KEY is missing or wrong")
             self.trouble = reason
@@ -198,8 +201,8 @@ class Endpoint:
                 raise CaptionFailed(reason)
 
             tries += 1
-            if status == 429 and retry_after and self.good_answers > good_answers:
-                tries = 0  # a rate limit that others got through is no fault of this caption
+            if status == 429 and retry_after and self.good_answers > answers_before:
+                tries = 0  # this caption is not to blame for a rate limit that others pass
             if tries > self.flags.max_retries:
                 raise CaptionFailed(f"{reason} (tries: {tries})")
             if retry_after:
@@ -220,8 +223,15 @@ class Endpoint:
                 self.good_answers += 1
                 self.trouble = ""
         if problem:  # asked again at the paper's top_p of 0.1, it would come back as it is
-            raise CaptionFailed(f"{problem}: {first_words(answer)}")
+            raise CaptionFailed(f"{problem}: {self.quote(answer)}")
         return answer
+
+    def quote(self, text):
+        """The beginning of a server's text, for a message; nothing in it begins like the key."""
+        words = " ".join(text.split())[:200]
+        if len(self.key) >= 16:
+            words = re.sub(re.escape(self.key[:8]) + r"[^\s\"']*", "(key)", words)
+        return words
 
     def post(self, prompt):
         """Send one user message. Returns the HTTP status, the answer's text and its Retry-After.
@@ -248,7 +258,7 @@ class Endpoint:
             text = str(error).rpartition(": ")[2].strip("'\")")
             retry_after = 0
         if len(self.key) >= 16:  # a shorter one, such as EMPTY, is no secret
-            text = re.sub(re.escape(self.key[:8]) + r"[^\s\"'\\]*", "(key)", text)
+            text = text.replace(self.key, "(key)")
         return status, text, retry_after
 
     def pass_gate(self):
@@ -324,16 +334,9 @@ def seconds_of(retry_after):
     return seconds if 0 < seconds <= 24 * 60 * 60 else 0
 
 
-def first_words(text):
-    """The beginning of a text, on one line, for a message."""
-    return " ".join(text.split())[:200]
-
-
-# ---------------------------------------------------------------- the job
+# ---------------------------------------------------------------- the job, and how it resumes
 
 ROW_KEYS = ("image_id", "caption", "paraphrase_1", "paraphrase_2")  # the paper's x_I, T, T', T''
-FAILURES_AT_START = 20  # captions, before any good answer: then the set-up is to blame
-FAILURES_IN_A_ROW = 100  # captions, later on
 BAR_SECONDS = 0.3 if sys.stderr.isatty() else 30  # between two states of a bar; few in a log file
 
 
@@ -390,10 +393,12 @@ def captions_to_do(captions, flags, written, failed, count):
         if position % shards != shard:
             continue
         count["kept"] += 1
-        has_failed = key in failed
+        wanted = key not in failed
+        if flags.retry_failed:
+            wanted = key in failed
         if key in written:
             count["written"] += 1
-        elif has_failed == flags.retry_failed:  # either those that failed, or those that did not
+        elif wanted:
             count["to_do"] += 1
             yield row
         if count["kept"] == flags.limit:
@@ -405,6 +410,10 @@ def key_of(row):
     return hash((row["image_id"], row["caption"]))
 
 
+FAILURES_AT_START = 20  # captions, before any good answer: then the set-up is to blame
+FAILURES_IN_A_ROW = 100  # captions, later on
+
+
 def write_rows(captions, total, endpoint, rows, journal):
     """Ask for `captions`; each is in `rows` or in `journal` at once. Returns how many rows.
 
@@ -414,22 +423,24 @@ def write_rows(captions, total, endpoint, rows, journal):
     """
     flags = endpoint.flags
     waiting = []
+    written = 0
     failed = 0
     failed_in_a_row = 0
-    look_at = 0.0
+    next_sync = 0.0
     with tqdm(total=total, unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
-        for ended in in_threads(captions, endpoint.ask, flags.concurrency):
-            if time.monotonic() > look_at:
+        for result in in_threads(captions, endpoint.ask, flags.concurrency):
+            if time.monotonic() > next_sync:
                 show(bar, failed, endpoint)
                 rows.sync()
                 journal.sync()
-                look_at = time.monotonic() + 0.5
-            if ended is None:
+                next_sync = time.monotonic() + 0.5
+            if result is None:
                 continue
 
-            row, error = ended
+            row, error = result
             if error is None:
                 rows.append(row)
+                written += 1
                 failed_in_a_row = 0
             elif isinstance(error, CaptionFailed):
                 waiting.append({**row, "reason": str(error)})
@@ -438,22 +449,29 @@ def write_rows(captions, total, endpoint, rows, journal):
             else:
                 raise error
 
-            most = min(total, FAILURES_AT_START)
+            most = FAILURES_AT_START
             if endpoint.good_answers or flags.retry_failed:
                 most = FAILURES_IN_A_ROW
-                for failed_row in waiting:
-                    journal.append(failed_row)
+                journal.append_all(waiting)
                 waiting.clear()
             if failed_in_a_row >= most and not flags.retry_failed:
-                raise InputError(
-                    f"{most} captions failed one after another, the last: {error}; "
-                    f"are --model {flags.model}, --endpoint {endpoint.url} and --sampling right?"
-                )
+                raise set_up_error(failed_in_a_row, error, endpoint)
             bar.update()
         show(bar, failed, endpoint)
+    if waiting and not rows.keys:  # nothing has ever worked with this output
+        raise set_up_error(failed_in_a_row, waiting[-1]["reason"], endpoint)
+    journal.append_all(waiting)
     rows.sync()
     journal.sync()
-    return bar.n - failed
+    return written
+
+
+def set_up_error(count, reason, endpoint):
+    """The InputError for failures that are not the captions' fault."""
+    return InputError(
+        f"{count} captions failed one after another, the last: {reason}; are --model "
+        f"{endpoint.flags.model}, --endpoint {endpoint.url} and --sampling right?"
+    )
 
 
 def in_threads(captions, ask, workers):
@@ -514,7 +532,8 @@ def show(bar, failed, endpoint):
 class RowFile:
     """A file to which rows are appended: made with the first one, locked while this process runs.
 
-    keys: those of the rows that were in it at the start.
+    keys: those of the rows that were in it at the start. That captions_to_do passes them over is
+    all that a resume takes.
     """
 
     def __init__(self, path, needed):
@@ -555,6 +574,10 @@ class RowFile:
             self.file.truncate(end)
             raise InputError(f"{self.path}: can't be written; is the disk full? The same command "
                              "goes on when there is room")
+
+    def append_all(self, rows):
+        for row in rows:
+            self.append(row)
 
     def sync(self):
         """Wait until the disk has it all."""
@@ -697,9 +720,10 @@ def check_row(row, needed):
         if not isinstance(row.get(key), str):
             raise TypeError(f'has no text "{key}"')
         row[key] = row[key].encode("utf-8", "replace").decode()
-    folders = row["image_id"].replace("\\", "/").split("/")
-    if not folders[0].strip() or ".." in folders:
-        raise TypeError(f"image_id {row['image_id']!r} is no path below an image root")
+    folders = row["image_id"].split("/")
+    if folders[0] == "" or ".." in folders or "\\" in row["image_id"] or "\0" in row["image_id"]:
+        raise TypeError(f"image_id {row['image_id']!r} must be a path below the folder of images, "
+                        "with / between folders")
 
 
 def name_of(path):

@@ -13,6 +13,7 @@ The same command resumes a stopped run. Its --output is an open_clip model: loca
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import glob
 import hashlib
@@ -97,8 +98,9 @@ def parse_args(argv=None):
 #   X_I               | features["I"]                     | [N, D], image tower, frozen
 #   X_T, X_T', X_T''  | features["T"], ["T1"], ["T2"]     | [N, D], text tower, trained
 #   N                 | --batch-size                      | rows of a step, over all ranks
-#   1 / temperature   | logit_scale                       | the model's own, trained (ours)
-#   L_total           | loss = sum(terms.values())        | in train()
+#   1 / temperature   | logit_scale                       | the model's own, trained; our choice
+#   L1'', L2, L3      | terms["I:T2"], ["T:T1"], ["T1:T2"] | scalars, see loss_terms
+#   L_total           | loss = sum(terms.values())        | scalar, in train()
 TEXT_KEYS = {"T": "caption", "T1": "paraphrase_1", "T2": "paraphrase_2"}
 
 
@@ -107,24 +109,26 @@ def kinds_of(loss):
     return sorted({kind for term in loss for kind in term.split(":")})
 
 
-def info_nce(a, b, logit_scale, own=slice(None)):
+def info_nce(a, b, logit_scale, local_rows=slice(None)):
     """The symmetric InfoNCE loss of N pairs (a_i, b_i); CLIP's form, the paper names none.
 
-        1/2N * sum over i of [-log softmax_j(s * a_i . b_j)[i] - log softmax_j(s * b_i . a_j)[i]]
+        -1/2N * sum over i of [log p(b_i | a_i) + log p(a_i | b_i)]
+        where p(b_j | a_i) is the softmax over j of s * a_i . b_j, and p(a_j | b_i) likewise
 
-    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `own`, only the i in
-    that slice are summed up: a rank's share of the loss.
+    a, b: features [N, D], L2-normalised; logit_scale: the factor s. With `local_rows`, a slice,
+    only its i are summed up: a rank's share of the loss.
     """
-    targets = torch.arange(len(a), device=a.device)[own]
-    a_to_b = F.cross_entropy(logit_scale * a[own] @ b.T, targets, reduction="sum")
-    b_to_a = F.cross_entropy(logit_scale * b[own] @ a.T, targets, reduction="sum")
+    targets = torch.arange(len(a), device=a.device)[local_rows]
+    a_to_b = F.cross_entropy(logit_scale * a[local_rows] @ b.T, targets, reduction="sum")
+    b_to_a = F.cross_entropy(logit_scale * b[local_rows] @ a.T, targets, reduction="sum")
     return (a_to_b + b_to_a) / (2 * len(a))
 
 
 class Gather(torch.autograd.Function):
     """[n, D] on each rank -> [N, D] on every rank, in the order of the ranks.
 
-    All ranks use a rank's rows, so its gradient [n, D] is the sum of theirs.
+    Each rank's features enter the loss of every rank. So backward adds up the gradients [N, D] of
+    all ranks, and returns this rank's rows of the sum, [n, D].
     """
 
     @staticmethod
@@ -158,22 +162,22 @@ def loss_terms(encoder, tokens, image_features, loss):
         features["I"] = Gather.apply(image_features.to(text_features))
 
     first = n * dist.get_rank()
-    own = slice(first, first + n)
+    local_rows = slice(first, first + n)
     terms = {}
     for term in loss:
         a, b = term.split(":")
         # checkpoint: one n x N matrix of similarities is in memory at a time, not all of them
         terms[term] = checkpoint(
-            info_nce, features[a], features[b], logit_scale, own, use_reentrant=False
+            info_nce, features[a], features[b], logit_scale, local_rows, use_reentrant=False
         )
     return terms
 
 
 class TextEncoder(torch.nn.Module):
-    """CLIP's text tower and logit scale, which train. load_model() has frozen the image tower.
+    """CLIP's text tower and logit scale: all that trains, since load_model() freezes the rest.
 
     clip: an open_clip model. micro_batch: texts encoded at once, 0 for all. bf16: products in
-    bfloat16, under autocast. It is what DistributedDataParallel wraps.
+    bfloat16, under autocast. DistributedDataParallel wraps this module.
     """
 
     def __init__(self, clip, micro_batch=0, bf16=False):
@@ -207,7 +211,7 @@ class TextEncoder(torch.nn.Module):
         return torch.cat(features)[in_their_order], self.clip.logit_scale.exp()
 
     def lengths(self, tokens):
-        """How many tokens of each text [n, 77] can reach its feature, [n]: the rest is cut off."""
+        """For each text [n, 77] the number of its first tokens that its feature depends on, [n]."""
         if self.huggingface:  # RoBERTa's attention mask leaves padding out
             return (tokens != self.tower.config.pad_token_id).sum(1)
         pool = getattr(self.tower, "text_pool_type", getattr(self.tower, "pool_type", ""))
@@ -221,20 +225,24 @@ class TextEncoder(torch.nn.Module):
         CLIP's positions and causal mask are cut to L, RoBERTa cuts its own.
         """
         length = tokens.shape[1]
-        cut = {}
+        overrides = {}
         if not self.huggingface and length < self.tower.context_length:
             prefix = "" if self.tower is self.clip else "text."
-            cut[prefix + "positional_embedding"] = self.tower.positional_embedding[:length]
-            cut[prefix + "attn_mask"] = self.tower.attn_mask[:length, :length]
+            overrides[prefix + "positional_embedding"] = self.tower.positional_embedding[:length]
+            overrides[prefix + "attn_mask"] = self.tower.attn_mask[:length, :length]
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             _, features, *_ = torch.func.functional_call(
-                self.clip, cut, kwargs={"text": tokens}, tie_weights=False
+                self.clip, overrides, kwargs={"text": tokens}, tie_weights=False
             )
-        return F.normalize(features.to(self.clip.logit_scale), dim=-1)  # again: bf16 is coarse
+        # open_clip has normalised them already, but in bf16 that is coarse.
+        return F.normalize(features.to(self.clip.logit_scale), dim=-1)
 
 
 def make_optimizer(model, lr, weight_decay):
-    """AdamW over all of `model` that trains. Ours: open_clip's betas and eps, and what decays."""
+    """AdamW over all parameters of `model` that train.
+
+    The paper gives neither betas nor eps: they are open_clip's. Only matrices decay, as there.
+    """
     matrices = []
     gains_and_biases = []  # and the logit scale
     for parameter in model.parameters():
@@ -255,9 +263,10 @@ def cosine_lr(lr, step, steps):
 
 
 def batches(count, batch_size, epochs, seed):
-    """Yield this rank's rows [n] of each step; together the ranks have the same N for any n.
+    """Yield the indices [n] of this rank's rows in each step.
 
-    Each epoch is a permutation of the `count` rows; its last, short batch is left out.
+    The N = batch_size rows of a step are the same for any number of ranks. Each epoch is a
+    permutation of the `count` rows; its last, short batch is left out.
     """
     n = batch_size // dist.get_world_size()
     for epoch in range(epochs):
@@ -268,15 +277,18 @@ def batches(count, batch_size, epochs, seed):
 
 
 def train(encoder, optimizer, examples, steps, first_step, args):
-    """The loop, from first_step to the last of `steps`. Raises InputError at an infinite loss."""
+    """The loop, from first_step to the last of `steps`.
+
+    Raises InputError if a loss or its gradient is infinite or nan.
+    """
     rank = dist.get_rank()
     world = dist.get_world_size()
     logit_scale = encoder.clip.logit_scale
     trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     parallel = torch.nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)
-    rows = batches(len(examples), args.batch_size, args.epochs, args.seed)
-    rows = itertools.islice(rows, first_step, None)
-    loader = load_in_workers(examples, args.workers, batch_size=None, sampler=rows)
+    row_batches = batches(len(examples), args.batch_size, args.epochs, args.seed)
+    row_batches = itertools.islice(row_batches, first_step, None)
+    loader = load_in_workers(examples, args.workers, batch_size=None, sampler=row_batches)
     bar = progress(loader, "training", steps, unit="step", initial=first_step)
     started = time.monotonic()
 
@@ -286,8 +298,9 @@ def train(encoder, optimizer, examples, steps, first_step, args):
             group["lr"] = lr
 
         terms = loss_terms(parallel, tokens, image_features, args.loss)
-        loss = sum(terms.values())  # L_total: this rank's share of it
-        (world * loss).backward()  # DDP averages the ranks' gradients: world makes it their sum
+        loss = sum(terms.values())  # L_total, this rank's share of it
+        # The ranks' gradients have to be added up, as their shares are; DDP takes their mean.
+        (world * loss).backward()
 
         values = torch.stack(list(terms.values())).detach()
         dist.all_reduce(values)
@@ -304,8 +317,8 @@ def train(encoder, optimizer, examples, steps, first_step, args):
             bar.close()
             raise InputError(
                 f"step {step}: the loss {entry['loss']:.4g} or its gradient "
-                f"{entry['grad_norm']:.4g} is not finite; try a lower --lr, or --precision fp32. "
-                f"{args.output}/state.pt, if there, is the last good state"
+                f"{entry['grad_norm']:.4g} is not finite; try a lower --lr or --precision fp32, in "
+                "another --output. state.pt, if there, is the last good state"
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -319,7 +332,7 @@ def train(encoder, optimizer, examples, steps, first_step, args):
                 log.write(json.dumps(entry) + "\n")
             bar.set_postfix({"loss": entry["loss"], **entry["terms"]}, refresh=False)
             if (step + 1) % args.save_every == 0 or step + 1 == steps:
-                save_state(encoder, optimizer, step + 1, args)
+                save_state(encoder, optimizer, step + 1, args.output)
 
 
 # ------------------------------------------------------------------ the rows of generate.py
@@ -327,12 +340,12 @@ def train(encoder, optimizer, examples, steps, first_step, args):
 
 @dataclasses.dataclass
 class Rows:
-    """Where the rows are: their texts stay on the disk until a step needs them."""
+    """The rows' places in their files. Their texts stay there until a step needs them."""
 
     files: list  # paths
     places: np.ndarray  # [rows, 3]: index in files, byte offset in the file, index in image_ids
     image_ids: list  # each once, sorted
-    checksum: str  # SHA-256 of what the rows say, in their order
+    checksum: str  # SHA-256 of all texts, in the order of the rows
 
 
 def read_rows(patterns):
@@ -349,10 +362,10 @@ def read_rows(patterns):
             offsets.append(offset)
             image_ids.append(row["image_id"])
             texts = [row["image_id"], row["caption"], row["paraphrase_1"], row["paraphrase_2"]]
-            digest.update("\n".join(texts).encode())
+            digest.update("\0".join([*texts, ""]).encode())
     distinct_ids = sorted(set(image_ids))
-    place = {image_id: index for index, image_id in enumerate(distinct_ids)}
-    image_indices = [place[image_id] for image_id in image_ids]
+    index_of = {image_id: index for index, image_id in enumerate(distinct_ids)}
+    image_indices = [index_of[image_id] for image_id in image_ids]
     places = np.array([file_indices, offsets, image_indices], np.int64).T
     return Rows(files, places, distinct_ids, digest.hexdigest())
 
@@ -369,7 +382,8 @@ def parse_row(line):
         row[key] = text.encode("utf-8", "replace").decode()  # half an emoji becomes "?"
     folders = row["image_id"].split("/")
     if folders[0] == "" or ".." in folders or "\\" in row["image_id"] or "\0" in row["image_id"]:
-        raise ValueError(f'image_id "{row["image_id"]}" points out of the folder of images')
+        raise ValueError(f"image_id {row['image_id']!r} must be a path below the folder of images, "
+                         "with / between folders")
     return row
 
 
@@ -451,10 +465,10 @@ def open_shard(path):
 
 @torch.no_grad()
 def encode_images(model, items, open_item, workers):
-    """Yield of each image open_item(item) its L2-normalised feature [D] and "".
+    """For each item yield (its image's feature [D], L2-normalised, "").
 
-    Of an image that can't be read, yield a feature of NaN and the reason. open_item(item)
-    returns a PIL image; it runs in `workers` processes.
+    If the image can't be read, the feature is nan and the text says why. open_item(item) returns
+    a PIL image; it runs in `workers` processes.
     """
     clip = model.clip
 
@@ -484,31 +498,32 @@ def encode_images(model, items, open_item, workers):
 def cache_image_features(model, image_ids, args):
     """The features of `image_ids`, each computed once for all runs that share args.features.
 
-    Returns memory-mapped slices [n, D] in fp16, all but the last of the same length, and of the
-    images that can't be read {image_id: reason}. Each rank encodes its share of what is missing.
+    Returns the slices, memory-mapped features [n, D] in fp16, n the same for all but the last;
+    and {image_id: reason} of the images that can't be read. Each rank encodes its share of the
+    slices that are missing.
     """
     slices = name_slices(model, image_ids, args)
-    missing = [path for path in slices if not os.path.exists(path)]
+    missing = [name for name in slices if not os.path.exists(os.path.join(args.features, name))]
     missing = from_rank_0(missing)
-    own = missing[dist.get_rank() :: dist.get_world_size()]
-    own_ids = [image_id for path in own for image_id in slices[path]]
+    my_slices = missing[dist.get_rank() :: dist.get_world_size()]
+    my_ids = [image_id for name in my_slices for image_id in slices[name]]
     open_item = functools.partial(open_image, args.images)
-    encoded = encode_images(model, own_ids, open_item, args.workers)
-    encoded = iter(progress(encoded, "image features", len(own_ids), unit="image"))
-    turns = math.ceil(len(missing) / dist.get_world_size())
+    encoded = encode_images(model, my_ids, open_item, args.workers)
+    encoded = iter(progress(encoded, "image features", len(my_ids), unit="image"))
     with contextlib.closing(encoded):
-        for turn in range(turns):
+        for turn in range(math.ceil(len(missing) / dist.get_world_size())):
             with together():
-                if turn < len(own):
-                    encode_slice(own[turn], slices[own[turn]], encoded, args)
+                if turn < len(my_slices):
+                    name = my_slices[turn]
+                    encode_slice(name, slices[name], encoded, args)
     with together():
-        return load_slices(slices)
+        return load_slices(slices, args.features)
 
 
 def name_slices(model, image_ids, args):
-    """{file of the cache: the image ids whose features it holds}, the same on all ranks.
+    """{name of a file of the cache: the image ids whose features it holds}.
 
-    A file's name is a hash of all that its features depend on, so a file that exists is right.
+    The name is a hash of all that the features depend on, so a file that exists is right.
     The slices are nearly equal in size, since --max-bad-images holds for each of them.
     """
     size = math.ceil(len(image_ids) / math.ceil(len(image_ids) / SLICE))
@@ -519,11 +534,11 @@ def name_slices(model, image_ids, args):
         content = json.dumps([model.image_tower, root, ids])
         names.append(hashlib.sha256(content.encode()).hexdigest() + ".safetensors")
     names = from_rank_0(names)  # another machine may have the images under another path
-    return {os.path.join(args.features, name): ids for name, ids in zip(names, parts)}
+    return dict(zip(names, parts))
 
 
-def encode_slice(path, image_ids, encoded, args):
-    """Write the next features of `encoded`, those of `image_ids`, to `path`."""
+def encode_slice(name, image_ids, encoded, args):
+    """Write the next features of `encoded`, those of `image_ids`, to the file `name`."""
     features = []
     unreadable = {}
     for image_id, (feature, problem) in zip(image_ids, encoded):
@@ -535,14 +550,15 @@ def encode_slice(path, image_ids, encoded, args):
             raise InputError(f"--images {args.images}: more than --max-bad-images can't be read, "
                              f"the first is {image_id}: {problem}")
     content = safetensors.torch.save({"features": torch.stack(features)}, unreadable)
-    atomic_write(path, content)
+    atomic_write(os.path.join(args.features, name), content)
 
 
-def load_slices(paths):
-    """The features in the files of the cache, memory-mapped, and why images can't be read."""
+def load_slices(names, folder):
+    """The memory-mapped features [n, D] in each file, and {image_id: why it can't be read}."""
     features = []
     unreadable = {}
-    for path in paths:
+    for name in names:
+        path = os.path.join(folder, name)
         if not os.path.exists(path):
             raise InputError(f"{path} is not there: all ranks must share one --features folder")
         with reading(path), safetensors.safe_open(path, "pt") as file:
@@ -616,7 +632,8 @@ def load_model(name, device="cpu"):
     two_towers = isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP))
     if not two_towers or clip.logit_bias is not None:
         raise InputError(f"model {name}: it is no CLIP with two towers and a softmax loss")
-    clip.visual.requires_grad_(False)  # lock_image_tower() leaves a timm tower's head free
+    # The image tower is frozen. open_clip's lock_image_tower() would leave a timm tower's head.
+    clip.visual.requires_grad_(False)
     clip.to(device).eval()  # eval: no dropout, so that a step is exact
 
     config = open_clip.get_model_config(open_clip_name)
@@ -637,7 +654,8 @@ def load_model(name, device="cpu"):
 def agreed_preprocessing(open_clip_name):
     """How the images for a checkpoint file are prepared, as arguments for open_clip.
 
-    As by all tags of its architecture; where these differ, by open_clip's default, and said.
+    It is how all tags of the architecture have it. If they differ, or if there are none, it is
+    open_clip's default, and a line on stderr says so.
     """
     settings = []
     for tag in open_clip.list_pretrained_tags_by_model(open_clip_name):
@@ -714,8 +732,8 @@ def set_up_ranks():
                              "or unset RANK for a single process") from None
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # After a restart the store still holds what the dead ranks wrote. On one machine
-            # only: on several machines the counts of restarts differ.
+            # After a restart the store still holds what the ranks wrote that have ended. This is
+            # for one machine only: on several machines the counts of restarts differ.
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.PrefixStore(restarts, store)
 
@@ -727,7 +745,11 @@ def set_up_ranks():
         torch.cuda.set_device(device)
         # With a mask it may give NaN gradients on an H100: pytorch issue 196678.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions would keep 10 bits of 23
+    longest_wait = datetime.timedelta(hours=2)  # a rank may have a slice of images to encode
+    dist.init_process_group(
+        backend, timeout=longest_wait, store=store, rank=rank, world_size=world
+    )
     return device
 
 
@@ -748,13 +770,16 @@ def from_rank_0(value):
 
 @contextlib.contextmanager
 def together():
-    """Around work that each rank does alone: if one rank fails, all end with its message."""
-    own_problem = ""
+    """Around work that each rank does alone: if one rank fails, all end with its message.
+
+    It is used up to the first step. In train() it is torchrun that ends the other ranks.
+    """
+    local_problem = ""
     try:
         yield
     except (InputError, OSError) as error:
-        own_problem = one_line(error)
-    for problem in gather_objects(own_problem):
+        local_problem = one_line(error)
+    for problem in gather_objects(local_problem):
         if problem:
             raise InputError(problem)
 
@@ -762,21 +787,20 @@ def together():
 # ------------------------------------------------------------------ the run directory
 
 
-def save_state(encoder, optimizer, step, args):
-    """Replace OUTPUT/state.pt by the state before `step`, as plain types."""
+def save_state(encoder, optimizer, next_step, output):
+    """Replace OUTPUT/state.pt by the state before `next_step`, as plain types."""
     weights = {}
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad:
             weights[name] = parameter.detach()
     state = {
-        "step": step,
-        "seed": args.seed,
+        "step": next_step,
         "weights": weights,
         "optimizer": optimizer.state_dict(),
     }
     content = io.BytesIO()
     torch.save(state, content)
-    atomic_write(os.path.join(args.output, "state.pt"), content.getbuffer())
+    atomic_write(os.path.join(output, "state.pt"), content.getbuffer())
 
 
 def read_state(output):
@@ -792,7 +816,7 @@ def read_state(output):
 def load_state(encoder, optimizer, state, output):
     """Go on from a state of read_state(): the log is cut to the steps before it."""
     if state["step"]:
-        encoder.load_state_dict(state["weights"], strict=False)  # strict: the frozen are missing
+        encoder.load_state_dict(state["weights"], strict=False)  # the frozen tower is not in it
         optimizer.load_state_dict(state["optimizer"])
     path = os.path.join(output, "log.jsonl")
     if dist.get_rank() == 0 and os.path.exists(path):
@@ -801,15 +825,15 @@ def load_state(encoder, optimizer, state, output):
 
 
 def make_record(args, rows, model):
-    """What config.json keeps of a run."""
-    try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        git = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(git, cwd=here, check=False, capture_output=True, text=True).stdout
-    except OSError:  # there is no git
-        commit = ""
+    """What config.json keeps of a run. Equal "settings" mean equal weights at the end."""
+    settings = {}
+    for flag in ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed"):
+        settings[f"--{flag.replace('_', '-')}"] = getattr(args, flag)
+    settings["checksum of --rows"] = rows.checksum
+    settings["fingerprint of --model"] = model.fingerprint
     return {
         "flags": vars(args),
+        "settings": settings,
         "rows": {"count": len(rows.places), "sha256": rows.checksum},
         "base_model": {
             "open_clip": model.open_clip_name,
@@ -817,17 +841,36 @@ def make_record(args, rows, model):
             "fingerprint": model.fingerprint,
         },
         "versions": {package.__name__: package.__version__ for package in (torch, open_clip, np)},
-        "git_commit": commit.strip() or None,
+        "git_commit": git_commit(),
     }
 
 
-def settings_of(record):
-    """What the weights of a run depend on, from its record: equal settings, equal weights."""
-    flags = ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed")
-    settings = {f"--{flag.replace('_', '-')}": record["flags"][flag] for flag in flags}
-    settings["--rows (checksum)"] = record["rows"]["sha256"]
-    settings["--model (fingerprint)"] = record["base_model"]["fingerprint"]
-    return settings
+def git_commit():
+    """The commit of the folder that this file is in, or None."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return None
+    return git.stdout.strip() or None
+
+
+def check_resumed_run(record, output):
+    """If OUTPUT holds a run that has a state, require that its settings are those of `record`.
+
+    Its list of unreadable images is taken over, since its batches depend on it.
+    """
+    if os.path.exists(os.path.join(output, "state.pt")):
+        path = os.path.join(output, "config.json")
+        with reading(path), open(path, encoding="utf-8") as file:
+            before = json.load(file)
+            settings = before["settings"]
+            record["unreadable"] = before["unreadable"]
+        require_same(record["settings"], settings, "this run", f"the one in --output {output}")
+    elif os.path.exists(os.path.join(output, "open_clip_model.safetensors")):
+        raise InputError(f"--output {output}: it holds a model that is no run of paraclip.py; "
+                         "give another --output")
 
 
 def require_same(settings, others, name, others_name):
@@ -838,20 +881,6 @@ def require_same(settings, others, name, others_name):
             differing.append(f"{key} ({value} and {others[key]})")
     if differing:
         raise InputError(f"{name} and {others_name} differ in {', '.join(differing)}")
-
-
-def resume_record(record, output):
-    """Add to `record` what the run that is in OUTPUT already left out; it must be this run."""
-    path = os.path.join(output, "config.json")
-    if os.path.exists(path):
-        with reading(path), open(path, encoding="utf-8") as file:
-            before = json.load(file)
-            settings = settings_of(before)
-            record["unreadable"] = before["unreadable"]
-        require_same(settings_of(record), settings, "this run", f"the one in --output {output}")
-    elif os.path.exists(os.path.join(output, "open_clip_model.safetensors")):
-        raise InputError(f"--output {output}: it holds a model that is no run of paraclip.py; "
-                         "give another --output")
 
 
 def export(model, output):
@@ -871,7 +900,7 @@ def export(model, output):
 
 
 class InputError(Exception):
-    """What the user must mend: `run` prints it as one line and exits with code 2."""
+    """What the user must mend: run() prints it as one line and exits with code 2."""
 
 
 def run(main):
@@ -886,7 +915,7 @@ def run(main):
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is written", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -903,8 +932,8 @@ def at_least(least, kind=int):
 
     def number(text):
         value = kind(text)
-        if not value >= least:  # nan is not
-            raise argparse.ArgumentTypeError(f"{text} must be {least} or more")
+        if not least <= value < math.inf:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text} must be a number, {least} or more")
         return value
 
     return number
@@ -912,7 +941,7 @@ def at_least(least, kind=int):
 
 @contextlib.contextmanager
 def reading(place):
-    """The guard around all that reads a file: what it raises becomes one line with `place`."""
+    """Turn any error while a file is read into one InputError that names `place`."""
     try:
         yield
     except (InputError, FileNotFoundError):
@@ -979,7 +1008,7 @@ def load_in_workers(dataset, workers, **options):
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # it is the data's own error
             raise
         raise InputError(f"a process of --workers has ended ({one_line(error)}); give /dev/shm "
                          "more room (docker run --ipc=host), or use --workers 0") from None
@@ -996,18 +1025,21 @@ def progress(items, what, total=None, **options):
 
 
 def prepare(args, device):
-    """What can fail before the first step, cheap things first: rows, model, state and record."""
+    """Check and load what a run needs, the cheap things first: rows, model, state and record."""
     world = dist.get_world_size()
     if args.batch_size % world:
         raise InputError(f"--batch-size {args.batch_size} can't be divided among {world} ranks")
     find_model(args.model)
-    if "I" in kinds_of(args.loss) and not os.path.isdir(args.images or ""):
-        raise InputError(f"--images: {args.images} is no folder, and --loss has a term with I")
+    if "I" in kinds_of(args.loss):
+        if args.images is None:
+            raise InputError("--images is needed: a term of --loss has I")
+        if not os.path.isdir(args.images):
+            raise InputError(f"--images {args.images}: there is no such folder")
     rows = read_rows(args.rows)
     require_a_batch(rows, args)
     model = load_model(args.model, device)
     record = make_record(args, rows, model)
-    resume_record(record, args.output)
+    check_resumed_run(record, args.output)
     return rows, model, read_state(args.output), record
 
 
@@ -1048,10 +1080,10 @@ def main():
     device = set_up_ranks()
     with together():
         rows, model, state, record = prepare(args, device)
-    settings = {**settings_of(record), "step in --output": state["step"]}
-    of_rank_0 = from_rank_0(settings)
+    settings = {**record["settings"], "step in --output": state["step"]}
+    settings_of_rank_0 = from_rank_0(settings)
     with together():
-        require_same(settings, of_rank_0, f"rank {dist.get_rank()}", "rank 0")
+        require_same(settings, settings_of_rank_0, f"rank {dist.get_rank()}", "rank 0")
 
     kinds = kinds_of(args.loss)
     image_features = None
@@ -1059,18 +1091,24 @@ def main():
     if "I" in kinds:
         kinds.remove("I")
         image_features, unreadable = cache_image_features(model, rows.image_ids, args)
-    unreadable = from_rank_0(record.setdefault("unreadable", unreadable))
-    leave_out_unreadable(rows, unreadable)
+    if "unreadable" not in record:  # a resumed run keeps what it has left out from the start
+        record["unreadable"] = from_rank_0(unreadable)
+    lost = unreadable.keys() - record["unreadable"].keys()
+    if lost:
+        raise InputError(f"--images: {len(lost)} images can't be read any more that the run in "
+                         f"{args.output} began with, the first is {min(lost)}")
+    leave_out_unreadable(rows, record["unreadable"])
     require_a_batch(rows, args)
     steps = args.epochs * (len(rows.places) // args.batch_size)
 
     examples = Examples(rows, kinds, model.tokenizer, image_features)
     encoder = TextEncoder(model.clip, args.micro_batch, args.precision == "bf16")
     optimizer = make_optimizer(encoder, args.lr, args.weight_decay)
-    load_state(encoder, optimizer, state, args.output)
-    if dist.get_rank() == 0:
-        write_json(os.path.join(args.output, "config.json"), record)
-        print_header(args, model, rows, record, state["step"], steps)
+    with together():
+        load_state(encoder, optimizer, state, args.output)
+        if dist.get_rank() == 0:
+            write_json(os.path.join(args.output, "config.json"), record)
+            print_header(args, model, rows, record, state["step"], steps)
     train(encoder, optimizer, examples, steps, state["step"], args)
     if dist.get_rank() == 0:
         export(model, args.output)

@@ -668,7 +668,8 @@ def test_a_hundred_failures_in_a_row_stop_the_job(tmp_path):
         done = run(*args, server=server, cwd=tmp_path, code=2)
     assert "100 captions failed" in done.error
     assert "Model Not Exist" in done.error
-    assert len(lines(tmp_path / "rows.jsonl.failed")) == 100
+    failed = len(lines(tmp_path / "rows.jsonl.failed"))
+    assert 100 <= failed <= 103  # a good answer may come between the first failures
     assert len(lines(tmp_path / "rows.jsonl")) in range(6, 11)
 
 

@@ -503,19 +503,20 @@ def test_the_losses_of_table_2(world, tmp_path, terms):
 
 
 def test_two_machines_with_their_own_copies_of_the_images(world, tmp_path):
-    """The cache has rank 0's names. Once each rank waited for its own names for ever."""
+    """And the shared folder under two paths. Once each rank waited for its own names for ever."""
     shutil.copytree(world / "images", tmp_path / "b" / "images")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "images").symlink_to(world / "images")
-    arguments = flags(world, tmp_path / "run", images="images", batch_size=40)
-    machines = [(arguments, tmp_path / name) for name in ("a", "b")]
+    (tmp_path / "b" / "run").symlink_to(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    machine = flags(world, tmp_path / "run", batch_size=40)
+    other = flags(world, "run", images="images", batch_size=40)
+    machines = [(machine, tmp_path), (other, tmp_path / "b")]
     codes, outputs = start_two(*machines, code="paraclip.SLICE = 16")
     assert codes == [0, 0], outputs
     assert len(log_of(tmp_path / "run")) == 2
 
 
 DISAGREEING = {
-    "no images": ({"images": "none"}, "--images: none is no folder"),
+    "no images": ({"images": "none"}, "--images none: there is no such folder"),
     "unreadable images": ({"images": "."}, "more than --max-bad-images can't be read, the first"),
     "other flags": (
         {"lr": 0.1, "seed": 5},
@@ -850,22 +851,23 @@ BAD_ROWS = {
 BAD_TEXTS = {
     "paraphrase_2": (" ", 'ValueError: "paraphrase_2" is missing, blank or no text'),
     "caption": (None, 'ValueError: "caption" is missing, blank or no text'),
-    "image_id": ("a/../../x", '"a/../../x" points out of the folder of images'),
-    "image_id ": ("/etc/passwd", "points out of the folder of images"),
+    "image_id": ("a/../../x", "image_id 'a/../../x' must be a path below the folder of images"),
+    "image_id ": ("/etc/passwd", "must be a path below the folder of images"),
     "image_id  ": ("a\ud83d", "the first is a?: there is no "),
 }
 BAD_FLAGS = [
     ({"rows": "none-*.jsonl"}, "none-*.jsonl: there is no such file"),
     ({"batch_size": 81}, "--rows: 80 rows to train on are fewer than --batch-size 81"),
     ({"images": "."}, "the first is 0000: there is no ./0000 with .jpg"),
-    ({"images": "none"}, "--images: none is no folder"),
-    ({"images": None}, "--images: None is no folder"),
+    ({"images": "none"}, "--images none: there is no such folder"),
+    ({"images": None}, "--images is needed: a term of --loss has I"),
     ({"model": "."}, "no folder with open_clip_model.safetensors"),
     ({"model": "clip"}, "model clip: it is none of openai, openclip-400m"),
     ({"model": "ViT-B-32:laion3b"}, "(tags of ViT-B-32: openai, laion400m_e31"),
-    ({"epochs": 0}, "--epochs: 0 must be 1 or more"),
-    ({"lr": -1}, "--lr: -1 must be 0 or more"),
-    ({"weight_decay": "nan"}, "--weight-decay: nan must be 0 or more"),
+    ({"epochs": 0}, "--epochs: 0 must be a number, 1 or more"),
+    ({"lr": -1}, "--lr: -1 must be a number, 0 or more"),
+    ({"weight_decay": "nan"}, "--weight-decay: nan must be a number, 0 or more"),
+    ({"lr": "inf"}, "--lr: inf must be a number, 0 or more"),
     ({"loss": ["I:T3"]}, "--loss: invalid choice: 'I:T3'"),
     ({"loss": ["I:T", "I:T"]}, "--loss: the same term is there twice"),
     ({"loss": ["I:T", "T:I"]}, "--loss: the same term is there twice"),
@@ -926,15 +928,15 @@ def test_other_flags_rows_or_model_on_resume_are_refused(world, tmp_path, capfd)
     model = conftest.make_clip(tmp_path / "other", seed=2)
     cases = [
         (["--lr", "0.5", "--seed", "3"], "--lr (0.5 and 0.001), --seed (3 and 0)"),
-        (["--rows", rows], "--rows (checksum) ("),
-        (["--model", model], "--model (fingerprint) ("),
+        (["--rows", rows], "checksum of --rows ("),
+        (["--model", model], "fingerprint of --model ("),
     ]
     for more, words in cases:
         assert train(*arguments, *more, "--features", str(tmp_path / more[0])) == 2
         err = capfd.readouterr().err
         assert f"this run and the one in --output {tmp_path}/run differ in {words}" in err
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
-    shutil.copy(world / "rows.jsonl", tmp_path / "same.jsonl")  # this changes no result
+    shutil.copy(world / "rows.jsonl", tmp_path / "same.jsonl")  # these flags change no result
     more = ["--workers", "1", "--save-every", "3", "--rows", str(tmp_path / "same.jsonl")]
     assert train(*arguments, *more) is None
 
@@ -983,7 +985,10 @@ def test_without_git_and_beside_files_of_the_users(world, tmp_path, monkeypatch)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(world, tmp_path, capfd):
-    assert train(*flags(world, tmp_path / "run", lr="1e30", save_every=1)) == 2
+    """Before a state is saved, the same folder may be used with other flags."""
+    assert train(*flags(world, tmp_path / "run", lr="1e30")) == 2
+    assert "step 1: the loss" in capfd.readouterr().err
+    assert train(*flags(world, tmp_path / "run", lr="2e30", save_every=1)) == 2
     assert "step 1: the loss" in capfd.readouterr().err
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 1
 
