@@ -54,7 +54,7 @@ def jaccard(a, b):
 
 
 def recall(rankings, item_labels, query_labels, k):
-    """Recall@k in percent: how many queries have an item with their label among their first k.
+    """Recall@k in percent: the share of queries with an item of their label among their first k.
 
     rankings: of each query its best items, best first, as indices in item_labels. A query whose
     label is None is not counted. Columns T R@5 and I R@5; with k = 1 it is accuracy, Clsf.
@@ -80,10 +80,9 @@ def spearman(cosines, golds):
 def fixed_point(features):
     """[n, D] of any dtype -> float64, L2-normalised, rounded to multiples of 2^-26.
 
-    A product of two such numbers is a multiple of 2^-52, and float64 holds every partial sum of
-    a cosine exactly. So the order of the sum, and with it block size, threads and device, can't
-    decide between two items, and equal features tie to the last bit. Raises InputError if a
-    feature is not finite.
+    A product of two such numbers is a multiple of 2^-52, so float64 holds every partial sum of a
+    cosine exactly. Cosines don't depend on block size, threads or device, then, and equal
+    features have equal cosines. Raises InputError if a feature is not finite.
     """
     if not features.isfinite().all():
         raise InputError("the model's features are not finite: its weights are damaged")
@@ -176,10 +175,12 @@ def read_paraphrases(data):
             raise ValueError("a text is blank")
         gold = None
         if row.get("image_id") is not None:
-            name = image_name(row["image_id"])
-            gold = index_of.get(name, index_of.get(name.zfill(12)))  # COCO's ids lack the zeros
+            image_id = str(row["image_id"])
+            gold = index_of.get(image_name(image_id))
+            if gold is None and image_id.isdigit():
+                gold = index_of.get(image_id.zfill(12))  # COCO's ids lack its names' zeros
             if gold is None:
-                raise ValueError(f'image_id "{row["image_id"]}" is no image of {folder}; leave '
+                raise ValueError(f'image_id "{image_id}" is no image of {folder}; leave '
                                  "image_id out where a pair has no gold image")
         return row["query"], row["paraphrase"], gold
 
@@ -191,7 +192,7 @@ def read_paraphrases(data):
 
 
 # Relations that ARO leaves out as symmetric: "X next to Y" and "Y next to X" may both be true.
-SYMMETRIC = """
+SYMMETRIC_TEXT = """
     adjusting, around, attached to, beside, between, bigger than, biting, boarding, brushing, by,
     chewing, cleaning, climbing, close to, coming from, coming out of, contain, crossing, dragging,
     draped over, drinking, drinking from, driving, driving down, driving on, eating from,
@@ -215,7 +216,7 @@ SYMMETRIC = """
     walking across, walking by, walking down, walking next to, walking through, with, working in,
     working on, worn on, wrapped around, wrapped in
 """
-SYMMETRIC = frozenset(re.split(r",\s+", SYMMETRIC.strip()))
+SYMMETRIC = frozenset(re.split(r",\s+", SYMMETRIC_TEXT.strip()))
 
 
 def vg_relation(data, encode_texts, encode_images):
@@ -302,7 +303,7 @@ STS = {
 def sts(data, encode_texts, _):
     """Column STS: Spearman's rho of cosines and gold scores in percent, mean over the tasks.
 
-    Scored are the pairs that have a gold score. All sub-sets of a year are one list, the 'all'
+    Only pairs with a gold score are scored. All sub-sets of a year are one list, the 'all'
     setting. A task without its files is left out of the mean, and is in not_run.
     """
     find(data, "sts")
@@ -315,7 +316,7 @@ def sts(data, encode_texts, _):
             continue
         subsets, first, second, golds = zip(*pairs)
         first_features, second_features = encode_texts(first + second).chunk(2)
-        # Rounded, so that all pairs of equal sentences tie: their cosines are 1 up to 2^-26.
+        # Rounded to 6 decimals: a text's cosine with itself is 1 only up to 2^-26, and must tie.
         cosines = (first_features * second_features).sum(1).round(decimals=6).tolist()
         rho = {"all": spearman(cosines, golds)}
         if rho["all"] is None:
