@@ -516,6 +516,7 @@ def cache_image_features(model, image_ids, args):
                 if turn < len(my_slices):
                     name = my_slices[turn]
                     encode_slice(name, slices[name], encoded, args)
+        next(encoded, None)  # there is no other: the progress bar now counts the last one
     with together():
         return load_slices(slices, args.features)
 

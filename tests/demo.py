@@ -173,9 +173,9 @@ def paraphrase(request):
 
 
 def answer(request):
-    """paraphrase(), or, the first time a prompt is asked, now and then what LLMs and servers do."""
+    """paraphrase(), or, the first time step 1 is asked, now and then what LLMs and servers do."""
     good = paraphrase(request)
-    if request.prompt in answer.asked:
+    if request.step == 2 or request.prompt in answer.asked:
         return Reply(good)
     answer.asked.add(request.prompt)
     faults = [

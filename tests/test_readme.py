@@ -26,7 +26,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = []
 for _, block in BLOCKS:
-    for line in block.splitlines():
+    for line in block.replace("\\\n", "").splitlines():
         if re.match(r"(python|torchrun) .*(generate|paraclip|evaluate)\.py ", line):
             COMMANDS.append(line.split(" #")[0])
 
