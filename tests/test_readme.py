@@ -187,9 +187,10 @@ def photos(world, tmp_path):
 
 
 def flickr8k_flags(world, photos):
-    flags = "--losses I:T2\xa0T:T1\xa0T1:T2 --seeds 2 --test 20 --batch-size 20 --epochs 1"
-    flags = [word.replace("\xa0", " ") for word in flags.split()]
-    return [photos, "--model", f"local-dir:{world}/clip", "--output", photos / "out", *flags]
+    losses = ["--losses", "I:T2 T:T1 T1:T2"]
+    sizes = ["--seeds", "2", "--test", "20", "--batch-size", "20", "--epochs", "1"]
+    return [photos, "--model", f"local-dir:{world}/clip", "--output", photos / "out",
+            *losses, *sizes]
 
 
 def test_table_2_on_photographs(world, photos):
