@@ -1009,10 +1009,10 @@ def load_in_workers(dataset, workers, **options):
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # it is the data's own error
+        if "shared memory" not in str(error):  # it is the data's own error
             raise
-        raise InputError(f"a process of --workers has ended ({one_line(error)}); give /dev/shm "
-                         "more room (docker run --ipc=host), or use --workers 0") from None
+        raise InputError("a process of --workers has no shared memory left; give /dev/shm more "
+                         "room (docker run --ipc=host), or use --workers 0") from None
 
 
 def progress(items, what, total=None, **options):

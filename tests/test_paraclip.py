@@ -1011,11 +1011,17 @@ def test_a_full_disk_keeps_the_old_state(world, tmp_path):
     assert not glob.glob(f"{tmp_path}/run/*.part*")
 
 
-def test_a_worker_without_shared_memory_is_one_line(world, tmp_path):
-    """A process that /dev/shm has no room for dies of SIGBUS; here it is sent one."""
+@pytest.mark.parametrize("failure", [
+    "os.kill(os.getpid(), signal.SIGBUS)",
+    "raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>')",
+])
+def test_a_worker_without_shared_memory_is_one_line(world, tmp_path, failure):
+    """What torch meets in a /dev/shm of 4 MB: a signal, or an error, by where it runs out."""
     code = (
         "import os, signal\n"
-        "paraclip.Examples.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGBUS)"
+        "def fail(examples, batch):\n"
+        f"    {failure}\n"
+        "paraclip.Examples.__getitem__ = fail"
     )
     code, output = end(start(*flags(world, tmp_path / "run", workers=1), code=code))
     assert code == 2 and "Traceback" not in output, output
