@@ -1009,10 +1009,11 @@ def load_in_workers(dataset, workers, **options):
     try:
         yield from loader
     except RuntimeError as error:
-        if "shared memory" not in str(error):  # it is the data's own error
-            raise
-        raise InputError("a process of --workers has no shared memory left; give /dev/shm more "
-                         "room (docker run --ipc=host), or use --workers 0") from None
+        has_died = "DataLoader worker (pid" in str(error)
+        if not has_died and "shared memory" not in str(error):
+            raise  # it is an error of the data
+        raise InputError("a process of --workers has died or found no shared memory; give /dev/shm "
+                         "more room (docker run --ipc=host), or use --workers 0") from None
 
 
 def progress(items, what, total=None, **options):

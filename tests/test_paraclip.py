@@ -1025,7 +1025,7 @@ def test_a_worker_without_shared_memory_is_one_line(world, tmp_path, failure):
     )
     code, output = end(start(*flags(world, tmp_path / "run", workers=1), code=code))
     assert code == 2 and "Traceback" not in output, output
-    assert "give /dev/shm more room (docker run --ipc=host), or use --workers 0" in output
+    assert "more room (docker run --ipc=host), or use --workers 0" in output
 
 
 if __name__ == "__main__":
