@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT
+from flickr8k import TABLE_2
 from safetensors.torch import load_file
 
 import paraclip
@@ -462,18 +463,6 @@ def test_torchrun_restarts_a_killed_rank(world, unbroken, tmp_path):
     assert [entry["step"] for entry in log] == list(range(40))
     losses = [entry["loss"] for entry in log]
     assert losses == pytest.approx([entry["loss"] for entry in log_of(unbroken[0])], rel=1e-4)
-
-
-TABLE_2 = [
-    "I:T",
-    "T:T1 T1:T2",
-    "I:T I:T1",
-    "I:T I:T1 I:T2",
-    "I:T T:T1",
-    "I:T1 T:T1",
-    "I:T T:T1 T1:T2",
-    "I:T2 T:T1 T1:T2",
-]
 
 
 @pytest.mark.parametrize("terms", TABLE_2)
