@@ -53,6 +53,7 @@ def two_step(caption, ask):
 
 # ---------------------------------------------------------------- what a good answer is
 
+# The finish reasons of a whole answer; "none" is null in the JSON.
 FINISHED = ("none", "", "stop", "stop_sequence", "eos", "eos_token", "end_turn", "complete")
 MARKUP = re.compile(r"[<>\[\]{}|\\*_`◁▷▁\ufffd]|#(?! ?\d)")  # "player #33" has no markup
 # Now and then a good answer has one of these ("World War I"): 8 of 4,000 by people were refused.
@@ -576,6 +577,7 @@ class RowFile:
                              "goes on when there is room")
 
     def append_all(self, rows):
+        """Write each of the rows, see append."""
         for row in rows:
             self.append(row)
 
@@ -771,6 +773,12 @@ def export_chat(flags):
                 file.write(chat + "\n")
 
 
+FIGURES = (
+    "Words: T {t:.1f}, T' {t1:.1f}, T'' {t2:.1f}; of T kept in T' {kept_1:.0%}, of T' in T'' "
+    "{kept_2:.0%} (more than 80% in {most:.1%} of the rows); T' is T in {same:.1%}"
+)
+
+
 def write_sheet(flags):
     """Does this LLM do what section 2.1 asks? A random sample of rows to read, and figures of all.
 
@@ -819,12 +827,6 @@ def write_sheet(flags):
             print(f"{n + 1:9,} x {text[:80]}")
 
 
-FIGURES = (
-    "Words: T {t:.1f}, T' {t1:.1f}, T'' {t2:.1f}; of T kept in T' {kept_1:.0%}, of T' in T'' "
-    "{kept_2:.0%} (more than 80% in {most:.1%} of the rows); T' is T in {same:.1%}"
-)
-
-
 def share_kept(text, paraphrase):
     """The share of a text's words that stand in its paraphrase too."""
     words = set(words_of(text))
@@ -868,7 +870,7 @@ def at_least(least, kind=int):
 
     def number(text):
         value = kind(text)
-        if value >= least:  # false for nan
+        if least <= value < float("inf"):  # false for nan
             return value
         raise ArgumentTypeError(f"{text}: must be {least} or more")
 

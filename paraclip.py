@@ -426,14 +426,10 @@ SLICE = 8192  # images whose features are in one file of the cache, at most
 
 
 def open_image(root, image_id):
-    """The PIL image of a row: a file below `root`, or a member of an img2dataset shard.
+    """The PIL image of a row: a member of an img2dataset shard, or a file below `root`.
 
     Both are the id and one of EXTENSIONS; of "00000/000000012.jpg" the shard is 00000.tar.
     """
-    for extension in EXTENSIONS:
-        path = os.path.join(root, image_id + extension)
-        if os.path.isfile(path):
-            return Image.open(path)
     folders = image_id.split("/")
     for depth in range(1, len(folders)):
         shard = os.path.join(root, *folders[:depth]) + ".tar"
@@ -443,6 +439,10 @@ def open_image(root, image_id):
                 member = members.get("/".join(folders[depth:]) + extension)
                 if member:
                     return Image.open(tar.extractfile(member))
+    for extension in EXTENSIONS:
+        path = os.path.join(root, image_id + extension)
+        if os.path.isfile(path):
+            return Image.open(path)
     raise FileNotFoundError(f"there is no {os.path.join(root, image_id)} with .jpg, .jpeg, .png "
                             "or .webp, and no .tar shard that holds it")
 
@@ -516,7 +516,7 @@ def cache_image_features(model, image_ids, args):
                 if turn < len(my_slices):
                     name = my_slices[turn]
                     encode_slice(name, slices[name], encoded, args)
-        next(encoded, None)  # there is no other: the progress bar now counts the last one
+        next(encoded, None)  # Nothing is left, but asking for it has the bar count the last image.
     with together():
         return load_slices(slices, args.features)
 
@@ -571,13 +571,13 @@ def load_slices(names, folder):
 # ------------------------------------------------------------------ models
 
 BASELINES = {  # section 3.1: the open_clip model and its weights, all ViT-B/32
-    # the plain ViT-B-32 loads OpenAI's weights too, and is silently wrong
+    # The plain ViT-B-32 loads OpenAI's weights too, and is silently wrong.
     "openai": ("ViT-B-32-quickgelu", "openai"),
-    # trained with QuickGELU, but GELU is what gives the paper's 60.2 on ImageNet
+    # It was trained with QuickGELU, but GELU is what gives the paper's 60.2 on ImageNet.
     "openclip-400m": ("ViT-B-32", "laion400m_e32"),
     "openclip-2b": ("ViT-B-32", "laion2b_s34b_b79k"),
     "openclip-roberta": ("roberta-ViT-B-32", "laion2b_s12b_b32k"),
-    # a file that the user gets from github.com/LijieFan/LaCLIP
+    # The weights are a file that the user gets from github.com/LijieFan/LaCLIP.
     "laclip": ("ViT-B-32", "laion400m_laclip.pt"),
 }
 
@@ -760,7 +760,7 @@ def gather_objects(value):
     try:
         dist.all_gather_object(values, value)
     except RuntimeError as error:
-        raise InputError(f"another rank has ended, see its message ({one_line(error)})") from None
+        raise InputError(f"another rank has ended: see its message; {one_line(error)}") from None
     return values
 
 
@@ -998,6 +998,7 @@ def atomic_write(path, content):
 
 
 def write_json(path, content):
+    """Replace the file `path` by `content` as JSON."""
     text = json.dumps(content, indent=1, allow_nan=False)
     atomic_write(path, text.encode())
 
@@ -1046,6 +1047,7 @@ def prepare(args, device):
 
 
 def require_a_batch(rows, args):
+    """Raise InputError if the rows are too few for one step."""
     if len(rows.places) < args.batch_size:
         raise InputError(f"--rows: {len(rows.places)} rows to train on are fewer than "
                          f"--batch-size {args.batch_size}")
@@ -1058,6 +1060,7 @@ def leave_out_unreadable(rows, unreadable):
 
 
 def print_header(args, model, rows, record, first_step, steps):
+    """Say what is trained on what, before the first step."""
     parameters = list(model.clip.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in parameters) - trained

@@ -659,6 +659,33 @@ def test_one_refused_caption_fails_alone(tmp_path):
     assert len(lines(tmp_path / "rows.jsonl")) == 297
 
 
+def test_the_last_captions_of_a_resumed_job_may_all_be_bad(tmp_path):
+    """They are journalled, as the rows show that the set-up works; once: exit code 2 for ever."""
+    with Server(lambda request: "" if number_in(request) == 3 else reword(request)) as server:
+        args = write_captions(tmp_path, 3)
+        run(*args, "--limit", 2, server=server, cwd=tmp_path)
+        run(*args, server=server, cwd=tmp_path, code=1)
+        assert [row["image_id"] for row in lines(tmp_path / "rows.jsonl.failed")] == ["captions/3"]
+        calls = server.count
+        run(*args, server=server, cwd=tmp_path, code=1)
+        assert server.count == calls
+
+
+def test_the_exit_code_does_not_come_from_the_bar(tmp_path, monkeypatch):
+    """TQDM_DISABLE switches tqdm off, and with it its counts."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with Server() as server:
+        done = run(*write_captions(tmp_path, 3), server=server, cwd=tmp_path)
+    assert "3 rows more" in done.out
+
+
+def test_a_word_that_begins_like_the_key_stays_in_a_row(tmp_path):
+    with Server(lambda request: f"local-delivery van {request.step}") as server:
+        args = write_captions(tmp_path, 1)
+        run(*args, server=server, cwd=tmp_path, key="local-development-key")
+    assert lines(tmp_path / "rows.jsonl")[0]["paraphrase_2"] == "local-delivery van 2"
+
+
 def test_a_hundred_failures_in_a_row_stop_the_job(tmp_path):
     def answer(request):
         return reword(request) if request.number < 20 else SET_UPS["model"]
