@@ -56,7 +56,7 @@ def two_step(caption, ask):
 # The finish reasons of a whole answer; "none" is null in the JSON.
 FINISHED = ("none", "", "stop", "stop_sequence", "eos", "eos_token", "end_turn", "complete")
 MARKUP = re.compile(r"[<>\[\]{}|\\*_`◁▷▁\ufffd]|#(?! ?\d)")  # "player #33" has no markup
-# Now and then a good answer has one of these ("World War I"): 8 of 4,000 by people were refused.
+# Now and then a good answer has one of these ("World War I"): of 4,000 pairs by people, four.
 TASK_WORDS = re.compile(
     r"\bI\b(?!-)|(?i:\b(?:paraphras|rephras|reword|rewrit|concise|caption|sorry|apolog))"
 )
