@@ -741,6 +741,10 @@ def set_up_ranks():
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if int(local_rank) >= gpus:
+            raise InputError(f"rank {rank} has no GPU, this machine has {gpus}; start torchrun "
+                             f"with --nproc_per_node {gpus}")
         device = torch.device(f"cuda:{local_rank}")
         backend = "cpu:gloo,cuda:nccl"  # gloo for objects: it notices at once that a rank ended
         torch.cuda.set_device(device)
@@ -918,6 +922,10 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        # NCCL warns of a group that is left open. Of several ranks, others may still wait in it.
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            dist.destroy_process_group()
 
 
 def one_line(error):
@@ -1114,7 +1122,11 @@ def main():
         if dist.get_rank() == 0:
             write_json(os.path.join(args.output, "config.json"), record)
             print_header(args, model, rows, record, state["step"], steps)
-    train(encoder, optimizer, examples, steps, state["step"], args)
+    try:
+        train(encoder, optimizer, examples, steps, state["step"], args)
+    except torch.OutOfMemoryError as error:
+        raise InputError("the GPU's memory does not hold a step; --micro-batch 256 (or less) needs "
+                         f"less of it and gives the same gradients: {one_line(error)}") from None
     if dist.get_rank() == 0:
         export(model, args.output)
         print(f"done: {args.output} is an open_clip model, local-dir:{args.output}")

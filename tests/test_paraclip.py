@@ -270,9 +270,6 @@ def train(*arguments):
             paraclip.run(paraclip.main)
         except SystemExit as stop:
             return stop.code
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
 
 
 # Processes that have imported torch already: a start takes no five seconds.
@@ -550,6 +547,18 @@ def test_the_ranks_must_divide_the_batch(world, tmp_path):
     assert codes == [2, 2], outputs
     for output in outputs:
         assert "paraclip.py: error: --batch-size 9 can't be divided among 2 ranks" in output
+
+
+def test_a_rank_without_a_gpu(world, tmp_path, monkeypatch, capfd):
+    """Eight ranks on a machine of two GPUs: the third says what is wrong."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(dist.HashStore(), 2, 8)]))
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert train(*flags(world, tmp_path / "run")) == 2
+    assert "rank 2 has no GPU, this machine has 2; start" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------ models
@@ -980,6 +989,19 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(world, tmp_path, capfd):
     assert train(*flags(world, tmp_path / "run", lr="2e30", save_every=1)) == 2
     assert "step 1: the loss" in capfd.readouterr().err
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 1
+
+
+def test_a_full_gpu_is_one_line(world, tmp_path, monkeypatch, capfd):
+    """And a single process leaves its process group, or NCCL would print a warning after it."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20 GiB")
+
+    monkeypatch.setattr(paraclip, "loss_terms", fail)
+    assert train(*flags(world, tmp_path / "run")) == 2
+    error = capfd.readouterr().err
+    assert re.search(r"a step; --micro-batch 256 .*: CUDA out of memory. Tried to", error)
+    assert not dist.is_initialized()
 
 
 def test_a_full_disk_keeps_the_old_state(world, tmp_path):
