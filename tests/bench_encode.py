@@ -1,7 +1,7 @@
 """Features a second of evaluate.py and of paraclip.py's cache, against open_clip's own path.
 
     python tests/bench_encode.py                                     # ViT-B-32 on this CPU
-    python tests/bench_encode.py --device cuda --count 20000         # on a GPU
+    python tests/bench_encode.py --device cuda --count 8000          # on a GPU
     python tests/bench_encode.py --images FOLDER --captions FILE     # real ones
 
 open_clip's path: preprocessed images through a DataLoader, encode_image; the texts through its
@@ -159,4 +159,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    paraclip.run(main)

@@ -1,11 +1,12 @@
-"""The paper's run as a user starts it: paraclip.py itself on rows and image features from disk. Prints; asserts nothing.
+"""The paper's run as a user starts it: paraclip.py itself on rows and features from disk.
 
-    python tests/bench_epoch.py --rows 5000000 --steps 2   # what starting the paper's run, or going on with it, costs
-    python tests/bench_epoch.py --rows 5000000 --batch-size 3072 --steps 200 --peak-tflops 989  # the paper's epoch on an H100
+    python tests/bench_epoch.py --rows 5000000 --steps 2   # what it costs to start, or go on with
+    python tests/bench_epoch.py --rows 500000 --batch-size 3072 --steps 100 --peak-tflops 989
     python tests/bench_epoch.py --ranks 2                  # under torchrun
 
-Rows and features are synthetic, captions as long as the web's. The run is killed after --steps. Flags that are not this
-script's go to paraclip.py.
+Rows and features are synthetic, captions as long as the web's. The run is killed after --steps.
+The second line gives the paper's epoch on an H100. Flags that are not this script's go to
+paraclip.py. Prints; asserts nothing.
 """
 
 import argparse
@@ -33,12 +34,14 @@ PAPER_ROWS = 5_000_000
 
 
 def write_job(folder, count, captions, model):
-    """Rows, and the cache of their images' features, written by paraclip.py as if it had encoded images."""
+    """Rows, and the cache of their images' features, by paraclip.py as if it encoded images."""
     ids = [f"{i // 10_000:05}/{i:09}" for i in range(count)]
-    with open(folder / "rows.jsonl", "w") as rows:
+    with open(folder / "rows.jsonl", "w") as file:
         for i, image_id in enumerate(tqdm(ids, "writing", leave=False)):
-            texts = {key: captions[(7 * i + 13 * k) % len(captions)] for k, key in enumerate(paraclip.TEXT_KEYS.values())}
-            rows.write(json.dumps({"image_id": image_id, **texts}) + "\n")
+            row = {"image_id": image_id}
+            for k, key in enumerate(paraclip.TEXT_KEYS.values()):
+                row[key] = captions[(7 * i + 13 * k) % len(captions)]
+            file.write(json.dumps(row) + "\n")
     features = torch.randn(paraclip.SLICE, model.clip.text_projection.shape[-1])
     features = torch.nn.functional.normalize(features, dim=-1)
 
@@ -48,20 +51,25 @@ def write_job(folder, count, captions, model):
 
     paraclip.encode_images = encode_images
     paraclip.set_up_ranks()
-    flags = ["--rows", "", "--output", "", "--images", str(folder), "--features", str(folder / "features")]
-    paraclip.cache_image_features(model, ids, paraclip.parse_args(flags))
+    words = ["--rows", "", "--output", "", "--images", folder, "--features", folder / "features"]
+    paraclip.cache_image_features(model, ids, paraclip.parse_args(list(map(str, words))))
 
 
 def follow(process, folder, steps):
-    """Print what starting took. Returns the moments at which log.jsonl got each of its first `steps` lines."""
-    moments, started = [], time.perf_counter()
+    """Print what starting took. Returns when log.jsonl got each of its first `steps` lines."""
+    moments = []
+    ready = False
+    started = time.perf_counter()
     while len(moments) < steps:
         if process.poll() is not None:
-            sys.exit(f"paraclip.py ended with exit code {process.returncode} after {len(moments)} steps")
+            raise paraclip.InputError(f"paraclip.py ended with exit code {process.returncode} "
+                                      f"after {len(moments)} steps")
         time.sleep(0.02)
-        if started and (folder / "run" / "config.json").exists():  # written just before the first step
-            print(f"ready for the first step after {time.perf_counter() - started:.1f} s, {largest(folder):.2f} GiB", flush=True)
-            started = 0
+        if not ready and (folder / "run" / "config.json").exists():  # comes before the first step
+            ready = True
+            seconds = time.perf_counter() - started
+            print(f"ready for the first step after {seconds:.1f} s, {largest(folder):.2f} GiB",
+                  flush=True)
         log = folder / "run" / "log.jsonl"
         lines = log.read_bytes().count(b"\n") if log.exists() else 0
         moments += [time.perf_counter()] * (lines - len(moments))
@@ -69,55 +77,86 @@ def follow(process, folder, steps):
 
 
 def processes(folder):
-    """The pids of those whose command line names the folder: torchrun, its ranks, their loaders."""
+    """The pids of those whose command line names the folder: torchrun, ranks, their loaders."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            found += [int(path.parent.name)] * (os.fsencode(folder) in path.read_bytes())
+            if os.fsencode(folder) in path.read_bytes():
+                found.append(int(path.parent.name))
     return found
 
 
 def largest(folder):
     """GiB at the peak of the largest of processes()."""
-    return max(peak_memory(torch.device("cpu"), pid) for pid in processes(folder)) / 2**30
+    peaks = [peak_memory(torch.device("cpu"), pid) for pid in processes(folder)]
+    return max(peaks) / 2**30
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rows", type=int, default=10_000)
+    add("--steps", type=int, default=20)
+    add("--batch-size", type=int, default=96)
+    add("--ranks", type=int, default=1, help="processes of torchrun (default: 1, without it)")
+    add("--model", default="ViT-B-32:random")
+    add("--peak-tflops", type=float,
+        help="of one device in dense bf16: says how much of it is used (default: no)")
+    return parser.parse_known_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=96)
-    parser.add_argument("--ranks", type=int, default=1, help="processes of torchrun (default: 1, without it)")
-    parser.add_argument("--model", default="ViT-B-32:random")
-    parser.add_argument("--peak-tflops", type=float, help="of one device in dense bf16: says how much of it is used (default: no)")
-    flags, more = parser.parse_known_args()
+    flags, flags_of_paraclip = parse_args()
     captions = random_captions(10_000, np.random.default_rng(0))
     model = paraclip.load_model(flags.model)
     started = time.perf_counter()
     tokens = model.tokenizer(captions)
-    print(f"tokenizer: {len(captions) / (time.perf_counter() - started):,.0f} captions/s a worker")
-    flops = 9 * text_flops(model.clip, tokens) / len(captions)  # of an example: three texts, backward twice a forward
+    rate = len(captions) / (time.perf_counter() - started)
+    print(f"tokenizer: {rate:,.0f} captions/s a worker")
+    # An example is three texts, and backward costs twice a forward.
+    flops = 9 * text_flops(model.clip, tokens) / len(captions)
+
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_job(folder, flags.rows, captions, model)
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={flags.ranks}"] if flags.ranks > 1 else []
-        command += [ROOT / "paraclip.py", "--rows", folder / "rows.jsonl", "--images", folder, "--model", flags.model]
-        command += ["--features", folder / "features", "--output", folder / "run", "--batch-size", str(flags.batch_size), "--save-every", "1000000", *more]
-        process = subprocess.Popen([sys.executable, *command])
+        command = [sys.executable]
+        if flags.ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={flags.ranks}"]
+        command += [
+            ROOT / "paraclip.py",
+            "--rows", folder / "rows.jsonl",
+            "--images", folder,
+            "--features", folder / "features",
+            "--model", flags.model,
+            "--output", folder / "run",
+            "--batch-size", flags.batch_size,
+            "--save-every", 1_000_000,
+            *flags_of_paraclip,
+        ]  # fmt: skip
+        process = subprocess.Popen(list(map(str, command)))
         try:
             moments = follow(process, folder, flags.steps)
-            print(f"{flags.rows:,} rows: after {flags.steps} steps the largest process has {largest(folder):.2f} GiB")
+            print(f"{flags.rows:,} rows: after {flags.steps} steps the largest process has "
+                  f"{largest(folder):.2f} GiB")
         finally:
             for pid in processes(folder):
                 os.kill(pid, signal.SIGKILL)
             process.wait()
+
     warm = len(moments) // 10
-    if len(moments) > warm + 1:
-        rate = (len(moments) - 1 - warm) * flags.batch_size / (moments[-1] - moments[warm])
-        print(f"steps {warm + 1} to {len(moments) - 1}: {rate:,.1f} examples/s in all, {rate / flags.ranks:,.1f} a rank; "
-              f"{PAPER_ROWS:,} examples in {PAPER_ROWS / rate / 60:,.1f} min; {rate * flops / flags.ranks / 1e12:.2f} TFLOP/s a rank"
-              + (f", {rate * flops / flags.ranks / 1e12 / flags.peak_tflops:.1%} of the peak" if flags.peak_tflops else ""))
+    steps = len(moments) - 1 - warm
+    if steps > 0:
+        rate = steps * flags.batch_size / (moments[-1] - moments[warm])
+        tflops = rate * flops / flags.ranks / 1e12
+        print(f"steps {warm + 1} to {len(moments) - 1}: {rate:,.1f} examples/s in all, "
+              f"{rate / flags.ranks:,.1f} a rank; {PAPER_ROWS:,} examples in "
+              f"{PAPER_ROWS / rate / 60:,.1f} min; {tflops:.2f} TFLOP/s a rank")
+        if flags.peak_tflops:
+            print(f"{tflops / flags.peak_tflops:.1%} of the peak")
 
 
 if __name__ == "__main__":
-    main()
+    paraclip.run(main)

@@ -2,12 +2,14 @@
 
     python tests/demo.py [--output demo]
 
-Draws scenes of coloured shapes with captions as noisy as web alt-text, pre-trains a tiny CLIP on them, serves an
-OpenAI-compatible paraphraser on loopback (rules and a list of synonyms, and its share of bad answers), then runs
-generate.py, paraclip.py and evaluate.py as a user would, and prints the table before and after. A third model is
-fine-tuned on the same images and captions without the paraphrases (Table 2's L1, `--loss I:T`), so that the difference
-is the paraphrases' own. It is the best case: the benchmarks have other scenes and other sentences than training, but
-the paraphraser knows the very synonyms that they use; in the captions one word in ten is such a synonym.
+Draws scenes of coloured shapes with captions as noisy as web alt-text, pre-trains a tiny CLIP on
+them, serves an OpenAI-compatible paraphraser on loopback (rules and a list of synonyms, and its
+share of bad answers), then runs generate.py, paraclip.py and evaluate.py as a user would, and
+prints the table before and after. A third model is fine-tuned on the same images and captions
+without the paraphrases (Table 2's L1, `--loss I:T`), so that the difference is the paraphrases'
+own. It is the best case: the benchmarks have other scenes and other sentences than training, but
+the paraphraser knows the very synonyms that they use; in the captions one word in ten is such a
+synonym.
 """
 
 import argparse
@@ -33,56 +35,98 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# ---------------------------------------------------------------- the world: two shapes on a ground, or one thing
+# ------------------------------------------ the world: two shapes on a ground, or one thing
 
-WORDS = {  # the plain word, and others for the same
-    "red": ["crimson", "scarlet"], "green": ["emerald", "olive"], "blue": ["azure", "navy"], "yellow": ["golden", "lemon"],
-    "orange": ["amber", "tangerine"], "purple": ["violet", "lilac"], "pink": ["rose", "magenta"], "brown": ["chestnut", "tan"],
-    "circle": ["disc", "ball"], "square": ["box", "block"], "triangle": ["pyramid", "wedge"], "cross": ["plus", "crucifix"],
-    "ring": ["hoop", "loop"], "small": ["tiny", "little"], "large": ["big", "huge"],
-    "left of": ["to the left of", "on the left side of"], "right of": ["to the right of", "on the right side of"],
-    "above": ["over", "higher up than"], "below": ["under", "beneath"],
+SYNONYMS = {  # of each plain word
+    "red": ["crimson", "scarlet"],
+    "green": ["emerald", "olive"],
+    "blue": ["azure", "navy"],
+    "yellow": ["golden", "lemon"],
+    "orange": ["amber", "tangerine"],
+    "purple": ["violet", "lilac"],
+    "pink": ["rose", "magenta"],
+    "brown": ["chestnut", "tan"],
+    "circle": ["disc", "ball"],
+    "square": ["box", "block"],
+    "triangle": ["pyramid", "wedge"],
+    "cross": ["plus", "crucifix"],
+    "ring": ["hoop", "loop"],
+    "small": ["tiny", "little"],
+    "large": ["big", "huge"],
+    "left of": ["to the left of", "on the left side of"],
+    "right of": ["to the right of", "on the right side of"],
+    "above": ["over", "higher up than"],
+    "below": ["under", "beneath"],
 }
-PLAIN = {word: plain for plain, others in WORDS.items() for word in (plain, *others)}
-COLOURS = {"red": "#d22", "green": "#2a2", "blue": "#24d", "yellow": "#fd0", "orange": "#f80", "purple": "#82b",
-           "pink": "#f6b", "brown": "#842"}
-SHAPES, SIZES, RELATIONS = ["circle", "square", "triangle", "cross", "ring"], ["small", "large"], list(WORDS)[-4:]
+PLAIN = {}  # {any word: the plain word for the same}
+for plain_word, synonyms in SYNONYMS.items():
+    for any_word in (plain_word, *synonyms):
+        PLAIN[any_word] = plain_word
+COLOURS = {
+    "red": "#d22",
+    "green": "#2a2",
+    "blue": "#24d",
+    "yellow": "#fd0",
+    "orange": "#f80",
+    "purple": "#82b",
+    "pink": "#f6b",
+    "brown": "#842",
+}
+SHAPES = ["circle", "square", "triangle", "cross", "ring"]
+SIZES = ["small", "large"]
+RELATIONS = {  # where the first object lies, seen from the second: x, y
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
 GROUNDS = ["#fff", "#bbb", "#222", "#cdf", "#dfc"]
 PLACES = [(24, 24), (72, 24), (48, 48), (24, 72), (72, 72)]
-STEP = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first object is
 
 
 def draw_shape(canvas, shape, colour, size, x, y):
-    r = {"small": 9, "large": 18}[size]
-    box, fill = (x - r, y - r, x + r, y + r), COLOURS[colour]
+    radius = 9 if size == "small" else 18
+    third = radius // 3
+    left, right = x - radius, x + radius
+    top, bottom = y - radius, y + radius
+    fill = COLOURS[colour]
     if shape == "circle":
-        canvas.ellipse(box, fill)
+        canvas.ellipse((left, top, right, bottom), fill)
     elif shape == "square":
-        canvas.rectangle(box, fill)
+        canvas.rectangle((left, top, right, bottom), fill)
     elif shape == "triangle":
-        canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill)
+        canvas.polygon([(x, top), (left, bottom), (right, bottom)], fill)
     elif shape == "ring":
-        canvas.ellipse(box, outline=fill, width=r // 3)
-    else:
-        canvas.rectangle((x - r, y - r // 3, x + r, y + r // 3), fill)
-        canvas.rectangle((x - r // 3, y - r, x + r // 3, y + r), fill)
+        canvas.ellipse((left, top, right, bottom), outline=fill, width=third)
+    else:  # a cross
+        canvas.rectangle((left, y - third, right, y + third), fill)
+        canvas.rectangle((x - third, top, x + third, bottom), fill)
+
+
+def make_object(rng):
+    """(size, colour, shape)"""
+    return rng.choice(SIZES), rng.choice(list(COLOURS)), rng.choice(SHAPES)
 
 
 def make_scene(rng):
-    """Two objects (size, colour, shape) of different kinds, how the first lies to the second, and the ground."""
-    first, second = (tuple(rng.choice(list(kind)) for kind in (SIZES, COLOURS, SHAPES)) for _ in range(2))
+    """Two objects of different kinds, how the first lies to the second, and the ground."""
+    first = make_object(rng)
+    second = make_object(rng)
     if first[1:] == second[1:]:
         return make_scene(rng)
-    return first, second, rng.choice(RELATIONS), rng.choice(GROUNDS)
+    return first, second, rng.choice(list(RELATIONS)), rng.choice(GROUNDS)
 
 
 def draw_scene(scene, rng, margin=0):
-    """The scene on 96 x 96 pixels, with a margin of `margin` more on each side that holds a third object."""
+    """The scene on 96 x 96 pixels, and on each side a margin, which holds a third object."""
     first, second, relation, ground = scene
-    image = Image.new("RGB", (96 + 2 * margin,) * 2, ground)
-    canvas, (dx, dy) = ImageDraw.Draw(image), STEP[relation]
+    side = 96 + 2 * margin
+    image = Image.new("RGB", (side, side), ground)
+    canvas = ImageDraw.Draw(image)
+    dx, dy = RELATIONS[relation]
     for (size, colour, shape), sign in ((first, 1), (second, -1)):
-        x, y = (48 + margin + sign * 24 * d + rng.randint(-4, 4) for d in (dx, dy))
+        x = side // 2 + sign * 24 * dx + rng.randint(-4, 4)
+        y = side // 2 + sign * 24 * dy + rng.randint(-4, 4)
         draw_shape(canvas, shape, colour, size, x, y)
     if margin:
         draw_shape(canvas, rng.choice(SHAPES), rng.choice(list(COLOURS)), "small", 12, 12)
@@ -95,8 +139,11 @@ def draw_thing(number, rng):
     number, shape = divmod(number, 5)
     place, ground = divmod(number, 5)
     image = Image.new("RGB", (96, 96), GROUNDS[ground])
-    x, y = (v + rng.randint(-3, 3) for v in PLACES[place])
-    draw_shape(ImageDraw.Draw(image), SHAPES[shape], list(COLOURS)[colour], "large", x, y)
+    x, y = PLACES[place]
+    x += rng.randint(-3, 3)
+    y += rng.randint(-3, 3)
+    canvas = ImageDraw.Draw(image)
+    draw_shape(canvas, SHAPES[shape], list(COLOURS)[colour], "large", x, y)
     return image
 
 
@@ -107,69 +154,107 @@ def an(name):
 
 def word(plain, rng, rare):
     """The plain word, or with probability `rare` another for the same."""
-    return rng.choice(WORDS[plain]) if rng.random() < rare else plain
+    return rng.choice(SYNONYMS[plain]) if rng.random() < rare else plain
 
 
 def name(thing, rng, rare, sized=0.5):
+    """The words for an object, with its size in a share `sized` of the cases."""
     size, colour, shape = thing
-    return " ".join([word(size, rng, rare)] * (rng.random() < sized) + [word(colour, rng, rare), word(shape, rng, rare)])
+    size = word(size, rng, rare)
+    words = [size] if rng.random() < sized else []
+    words.append(word(colour, rng, rare))
+    words.append(word(shape, rng, rare))
+    return " ".join(words)
 
 
 def alt_text(body, rng):
     """`body` as web pages caption images: codes, file extensions, shouting."""
     number = rng.randint(100, 99999)
-    noise = rng.choice(["{}", "{} | Stock Photo {n}", "{} #{n}", "{}_{n}.jpg", "IMG_{n} {}", "{} - Free Shipping!!", "NEW {} SKU{n}"])
-    text = noise.format(body, n=number)
+    text = rng.choice([
+        f"{body}",
+        f"{body} | Stock Photo {number}",
+        f"{body} #{number}",
+        f"{body}_{number}.jpg",
+        f"IMG_{number} {body}",
+        f"{body} - Free Shipping!!",
+        f"NEW {body} SKU{number}",
+    ])
     return rng.choice([text, text.title(), text.upper(), text])
 
 
 def web_caption(scene, rng):
     """A noisy caption that tells some of the scene, nearly always in plain words."""
     first, second, relation, _ = scene
-    a, b = name(first, rng, 0.1), name(second, rng, 0.1)
-    return alt_text(rng.choice([f"{a} {word(relation, rng, 0.1)} {b}", f"{a} {word(relation, rng, 0.1)} {b}", f"{a}, {b}"]), rng)
+    a = name(first, rng, 0.1)
+    b = name(second, rng, 0.1)
+    text = rng.choice([
+        f"{a} {word(relation, rng, 0.1)} {b}",
+        f"{a} {word(relation, rng, 0.1)} {b}",
+        f"{a}, {b}",
+    ])
+    return alt_text(text, rng)
 
 
 def query(scene, rng, rare, form):
-    """What a user types, in one of three forms that neither the captions nor the paraphraser use."""
+    """What a user types, in one of three forms that neither captions nor paraphraser use."""
     first, second, relation, _ = scene
-    a, b = name(first, rng, rare, 0.7), name(second, rng, rare, 0.7)
-    return [f"there is {an(a)} {word(relation, rng, rare)} {an(b)}", f"I see one {a}, it is {word(relation, rng, rare)} the {b}",
-            f"picture with the {a} {word(relation, rng, rare)} some {b}"][form]
+    a = name(first, rng, rare, 0.7)
+    b = name(second, rng, rare, 0.7)
+    forms = [
+        f"there is {an(a)} {word(relation, rng, rare)} {an(b)}",
+        f"I see one {a}, it is {word(relation, rng, rare)} the {b}",
+        f"picture with the {a} {word(relation, rng, rare)} some {b}",
+    ]
+    return forms[form]
 
 
-# ---------------------------------------------------------------- the paraphraser: an LLM's stand-in behind OpenAI's API
+# ------------------------------------------ the paraphraser: stands in for an LLM
+
 
 def any_of(plain_words):
     """A regular expression for every word that means one of `plain_words`, longest first."""
-    words = sorted((word for word in PLAIN if PLAIN[word] in plain_words), key=len, reverse=True)
+    words = [word for word in PLAIN if PLAIN[word] in plain_words]
+    words.sort(key=len, reverse=True)
     return rf"\b(?:{'|'.join(words)})\b"
 
 
 OBJECT = re.compile(rf"(?:{any_of(SIZES)} )?{any_of(COLOURS)} {any_of(SHAPES)}")
 RELATION = re.compile(any_of(RELATIONS))
-NOISE = re.compile(r"\b(?:sku|img)?\d+\b|\.jpg|#|\||stock photo|free shipping|\bnew\b|\bimg\b|[!-]+")
+NOISE = re.compile(
+    r"\b(?:sku|img)?\d+\b|\.jpg|#|\||stock photo|free shipping|\bnew\b|\bimg\b|[!-]+"
+)
 
 
 def other_word(word, rng):
-    return rng.choice([w for w in (PLAIN[word], *WORDS[PLAIN[word]]) if w != word])
+    plain = PLAIN[word]
+    return rng.choice([other for other in (plain, *SYNONYMS[plain]) if other != word])
+
+
+def clean(text):
+    text = NOISE.sub(" ", text.lower().replace("_", " "))
+    return " ".join(text.split()).strip(" ,")
 
 
 def paraphrase(request):
-    """Step 1: the noise away, a plain sentence. Step 2: the same with other words. Works on the text alone."""
+    """Step 1: without the noise, a plain sentence. Step 2: other words. Sees the text alone."""
     rng = random.Random(request.source)
-    text = " ".join(NOISE.sub(" ", request.source.lower().replace("_", " ")).split()).strip(" ,")
-    objects, relation = OBJECT.findall(text), RELATION.search(text)
+    text = clean(request.source)
+    objects = OBJECT.findall(text)
+    relation = RELATION.search(text)
+    relation = relation.group() if relation else ""
     if len(objects) != 2:
-        return f"a picture of a {text}" if request.step == 1 else f"{text.removeprefix('a picture of ')} shown here"
-    relation = relation and relation.group()
-    if request.step == 2:
-        objects = [" ".join(other_word(word, rng) for word in name.split()) for name in objects]
-        relation = relation and other_word(relation, rng)
-    a, b = map(an, objects)
-    if not relation:
-        return f"{a} and {b}" if request.step == 1 else f"both {a} and {b}"
-    return f"{a} {relation} {b}" if request.step == 1 else f"{a} lies {relation} {b}"
+        if request.step == 1:
+            return f"a picture of a {text}"
+        return f"{text.removeprefix('a picture of ')} shown here"
+
+    if request.step == 1:
+        a, b = map(an, objects)
+        return f"{a} {relation} {b}" if relation else f"{a} and {b}"
+    others = []
+    for words in objects:
+        others.append(" ".join(other_word(word, rng) for word in words.split()))
+    a, b = map(an, others)
+    return f"{a} lies {other_word(relation, rng)} {b}" if relation else f"both {a} and {b}"
 
 
 def answer(request):
@@ -193,11 +278,14 @@ def answer(request):
 
 answer.asked = set()
 
-# ---------------------------------------------------------------- files: training data and benchmarks
+# ------------------------------------------ files: training data and benchmarks
 
 
 def make_training_data(folder, scenes, rng):
-    """images/train/NUMBER.jpg and captions.tsv; a tenth of the pictures are of the 1,000 things. (image, caption) pairs."""
+    """images/train/NUMBER.jpg and captions.tsv. Returns the pairs (image, caption).
+
+    A tenth of the pictures are of the 1,000 things.
+    """
     (folder / "images/train").mkdir(parents=True)
     pairs = []
     with open(folder / "captions.tsv", "w") as file:
@@ -205,10 +293,12 @@ def make_training_data(folder, scenes, rng):
         for i in range(scenes):
             if i % 10 == 0:
                 number = rng.randrange(1000)
-                image, caption = draw_thing(number, rng), alt_text(open_clip.IMAGENET_CLASSNAMES[number], rng)
+                image = draw_thing(number, rng)
+                caption = alt_text(open_clip.IMAGENET_CLASSNAMES[number], rng)
             else:
                 scene = make_scene(rng)
-                image, caption = draw_scene(scene, rng), web_caption(scene, rng)
+                image = draw_scene(scene, rng)
+                caption = web_caption(scene, rng)
             image.save(folder / f"images/train/{i:05}.jpg", quality=95)
             file.write(f"train/{i:05}\t{caption}\n")
             pairs.append((image, caption))
@@ -217,18 +307,7 @@ def make_training_data(folder, scenes, rng):
 
 def make_benchmarks(folder, rng):
     """Every file that evaluate.py reads, in the real formats, on scenes of their own."""
-    for path in ("coco/val2017", "coco/annotations", "aro/images", "sts/STSBenchmark", "sts/SICK"):
-        (folder / path).mkdir(parents=True)
-    images, annotations, pairs = [], [], []
-    for i in range(400):
-        scene = make_scene(rng)
-        file_name = f"{i:012}.jpg"
-        draw_scene(scene, rng).save(folder / "coco/val2017" / file_name, quality=95)
-        images.append({"id": i, "file_name": file_name})
-        annotations += [{"id": 5 * i + k, "image_id": i, "caption": query(scene, rng, 0.5, k % 3)} for k in range(5)]
-        pairs.append({"query": query(scene, rng, 0.3, i % 3), "paraphrase": query(scene, rng, 0.7, (i + 1) % 3), "image_id": i})
-    (folder / "coco/annotations/captions_val2017.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    (folder / "paraphrased_retrieval.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    make_coco(folder, rng)
     make_aro(folder / "aro", rng)
     make_sts(folder / "sts", rng)
     for number in range(1000):
@@ -237,58 +316,118 @@ def make_benchmarks(folder, rng):
         draw_thing(number, rng).save(wnid / "0.JPEG", quality=95)
 
 
+def make_coco(folder, rng):
+    """COCO's layout, and the pairs of queries for its images."""
+    (folder / "coco/val2017").mkdir(parents=True)
+    (folder / "coco/annotations").mkdir()
+    images = []
+    annotations = []
+    pairs = []
+    for i in range(400):
+        scene = make_scene(rng)
+        file_name = f"{i:012}.jpg"
+        draw_scene(scene, rng).save(folder / "coco/val2017" / file_name, quality=95)
+        images.append({"id": i, "file_name": file_name})
+        for k in range(5):
+            caption = query(scene, rng, 0.5, k % 3)
+            annotations.append({"id": 5 * i + k, "image_id": i, "caption": caption})
+        pairs.append({
+            "query": query(scene, rng, 0.3, i % 3),
+            "paraphrase": query(scene, rng, 0.7, (i + 1) % 3),
+            "image_id": i,
+        })
+    content = json.dumps({"images": images, "annotations": annotations})
+    (folder / "coco/annotations/captions_val2017.json").write_text(content)
+    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    (folder / "paraphrased_retrieval.jsonl").write_text("".join(lines))
+
+
 def make_aro(folder, rng):
-    relations, attributes = [], []
+    """ARO's two files: relations swapped, and attributes swapped, in turn."""
+    (folder / "images").mkdir(parents=True)
+    relations = []
+    attributions = []
+    pairs_of_colours = [
+        ("red", "blue"), ("green", "yellow"), ("orange", "purple"), ("pink", "brown"),
+    ]  # fmt: skip
     for i in range(400):
         first, second, relation, ground = make_scene(rng)
-        size = rng.choice(SIZES)  # one size and, for attributes, two colours alone: 25 examples a pair of colours
+        size = rng.choice(SIZES)
+        if i % 2:  # one size, and the colours of a pair: 50 examples a pair
+            colours = pairs_of_colours[i // 2 % 4]
+            shapes = rng.sample(SHAPES, 2)
+            first = size, colours[0], shapes[0]
+            second = size, colours[1], shapes[1]
+        image = draw_scene((first, second, relation, ground), rng, margin=32)
+        image.save(folder / "images" / f"{i}.jpg", quality=95)
+
+        box = {"bbox_x": 32, "bbox_y": 32, "bbox_w": 96, "bbox_h": 96}
+        example = {"image_path": f"{i}.jpg", **box}
+        _, colour_a, a = first
+        _, colour_b, b = second
         if i % 2:
-            pair = [("red", "blue"), ("green", "yellow"), ("orange", "purple"), ("pink", "brown")][i // 2 % 4]
-            kinds = rng.sample(SHAPES, 2)
-            first, second = ((size, colour, shape) for colour, shape in zip(pair, kinds))
-        image = f"{i}.jpg"
-        draw_scene((first, second, relation, ground), rng, margin=32).save(folder / "images" / image, quality=95)
-        box = {"image_path": image, "bbox_x": 32, "bbox_y": 32, "bbox_w": 96, "bbox_h": 96}
-        (_, colour_a, a), (_, colour_b, b) = first, second
-        if i % 2:
-            attributes.append({**box, "attributes": list(pair), "true_caption": f"the {colour_a} {a} and the {colour_b} {b}",
-                               "false_caption": f"the {colour_b} {a} and the {colour_a} {b}"})
+            example["attributes"] = list(colours)
+            example["true_caption"] = f"the {colour_a} {a} and the {colour_b} {b}"
+            example["false_caption"] = f"the {colour_b} {a} and the {colour_a} {b}"
+            attributions.append(example)
         else:
-            a, b = f"{colour_a} {a}", f"{colour_b} {b}"
-            relations.append({**box, "relation_name": WORDS[relation][0], "true_caption": f"the {a} is {WORDS[relation][0]} the {b}",
-                              "false_caption": f"the {b} is {WORDS[relation][0]} the {a}"})
+            relation = SYNONYMS[relation][0]
+            example["relation_name"] = relation
+            example["true_caption"] = f"the {colour_a} {a} is {relation} the {colour_b} {b}"
+            example["false_caption"] = f"the {colour_b} {b} is {relation} the {colour_a} {a}"
+            relations.append(example)
     (folder / "visual_genome_relation.json").write_text(json.dumps(relations))
-    (folder / "visual_genome_attribution.json").write_text(json.dumps(attributes))
+    (folder / "visual_genome_attribution.json").write_text(json.dumps(attributions))
+
+
+def make_sentence_pair(form, rng):
+    """(score, sentence, sentence): how much of their scenes is the same, from 0 to 5."""
+    one = make_scene(rng)
+    other = make_scene(rng)
+    keep = rng.random()  # the share of `one` that `mixed` keeps
+
+    def mix(a, b):
+        return a if rng.random() < keep else b
+
+    parts = []
+    for parts_of_one, parts_of_other in zip(one[:2], other[:2]):
+        parts += map(mix, parts_of_one, parts_of_other)
+    mixed = (tuple(parts[:3]), tuple(parts[3:]), mix(one[2], other[2]), "")
+
+    parts_of_one = [*one[0], *one[1], one[2]]
+    parts_of_mixed = [*mixed[0], *mixed[1], mixed[2]]
+    same = sum(a == b for a, b in zip(parts_of_one, parts_of_mixed))
+    score = 5 * same / len(parts_of_one)
+    return f"{score:.3f}", query(one, rng, 0.5, form), query(mixed, rng, 0.5, (form + 1) % 3)
 
 
 def make_sts(folder, rng):
-    """Two sentences and how much of their scenes is the same, from 0 to 5, as the seven tasks lay them out."""
-
-    def pair(form):
-        one, other = make_scene(rng), make_scene(rng)
-        keep = rng.random()
-        parts = [(a if rng.random() < keep else b) for x, y in zip(one[:2], other[:2]) for a, b in zip(x, y)]
-        mixed = (tuple(parts[:3]), tuple(parts[3:]), one[2] if rng.random() < keep else other[2], "")
-        same = [a == b for x, y in zip(one[:2], mixed[:2]) for a, b in zip(x, y)] + [one[2] == mixed[2]]
-        return f"{5 * sum(same) / len(same):.3f}", query(one, rng, 0.5, form), query(mixed, rng, 0.5, (form + 1) % 3)
-
+    """Pairs of sentences, laid out as the seven tasks lay them out."""
     from evaluate import STS
 
-    for year, names in [*STS.items()][:5]:
-        (folder / f"{year}-en-test").mkdir()
-        for subset in names.split():
-            lines = [pair(k % 3) for k in range(50)]
-            (folder / f"{year}-en-test/STS.input.{subset}.txt").write_text("".join(f"{a}\t{b}\n" for _, a, b in lines))
-            (folder / f"{year}-en-test/STS.gs.{subset}.txt").write_text("".join(f"{score}\n" for score, _, _ in lines))
-    lines = [pair(k % 3) for k in range(500)]
-    (folder / "STSBenchmark/sts-test.csv").write_text(
-        "".join(f"main-captions\ttoy\t2026\t{k:04}\t{score}\t{a}\t{b}\n" for k, (score, a, b) in enumerate(lines[:250])))
-    (folder / "SICK/SICK_test_annotated.txt").write_text(
-        "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\r\n"
-        + "".join(f"{k}\t{a}\t{b}\t{score}\tNEUTRAL\r\n" for k, (score, a, b) in enumerate(lines[250:])))
+    for year, subsets in list(STS.items())[:5]:
+        (folder / f"{year}-en-test").mkdir(parents=True)
+        for subset in subsets.split():
+            pairs = [make_sentence_pair(k % 3, rng) for k in range(50)]
+            inputs = "".join(f"{a}\t{b}\n" for _, a, b in pairs)
+            scores = "".join(f"{score}\n" for score, _, _ in pairs)
+            (folder / f"{year}-en-test/STS.input.{subset}.txt").write_text(inputs)
+            (folder / f"{year}-en-test/STS.gs.{subset}.txt").write_text(scores)
+
+    pairs = [make_sentence_pair(k % 3, rng) for k in range(500)]
+    lines = []
+    for k, (score, a, b) in enumerate(pairs[:250]):
+        lines.append(f"main-captions\ttoy\t2026\t{k:04}\t{score}\t{a}\t{b}\n")
+    (folder / "STSBenchmark").mkdir()
+    (folder / "STSBenchmark/sts-test.csv").write_text("".join(lines))
+    lines = ["pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\r\n"]
+    for k, (score, a, b) in enumerate(pairs[250:]):
+        lines.append(f"{k}\t{a}\t{b}\t{score}\tNEUTRAL\r\n")
+    (folder / "SICK").mkdir()
+    (folder / "SICK/SICK_test_annotated.txt").write_text("".join(lines))
 
 
-# ---------------------------------------------------------------- the tiny CLIP
+# ------------------------------------------ the tiny CLIP
 
 CLIP = {
     "embed_dim": 96,
@@ -331,7 +470,7 @@ def pretrain(folder, pairs, steps, batch_size=128, lr=1e-3):
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
 
 
-# ---------------------------------------------------------------- as a user would
+# ------------------------------------------ as a user would
 
 
 def run(command, folder, codes=(0,), **environment):
@@ -375,8 +514,8 @@ def main():
         environment = {"OPENAI_API_KEY": "not-needed", "OPENAI_BASE_URL": server.url}
         run(generate, folder, codes=(0, 1), **environment)
         run(f"{generate} --retry-failed", folder, **environment)
-    train = ("python paraclip.py --rows rows.jsonl --images images --model clip --features features "
-             "--batch-size 256 --epochs 4 --lr 2e-4")
+    train = ("python paraclip.py --rows rows.jsonl --images images --features features "
+             "--model clip --batch-size 256 --epochs 4 --lr 2e-4")
     run(f"{train} --output runs/paraclip", folder)
     run(f"{train} --output runs/L1 --loss I:T", folder)
     run("python evaluate.py clip runs/paraclip runs/L1 --data benchmarks --json results.json "
