@@ -639,7 +639,8 @@ def make_encoders(model, image_features, args):
             for item, (feature, problem) in zip(progress(new, "images"), encoded):
                 if problem:
                     path, _ = item
-                    raise InputError(f"{path}: can't be read as an image ({problem})")
+                    raise InputError(f"{path}: can't be read as an image ({problem}); mend it or "
+                                     "remove it")
                 image_features[item] = feature
         features = torch.stack([image_features[item] for item in items])
         return fixed_point(features.to(DEVICE))
@@ -831,6 +832,8 @@ def parse_args(argv=None):
 
 def require_data(args):
     """Raise InputError if nothing of what --tasks asks for is below --data."""
+    if not Path(args.data).is_dir():
+        raise InputError(f"--data {args.data}: there is no such folder")
     files = [TASKS[task].file for task in args.tasks]
     if not any(Path(args.data, file).exists() for file in files):
         raise InputError(f"--data {args.data}: nothing to evaluate, none of these is there: "
@@ -896,6 +899,9 @@ def main():
     print(f"\n{table(report['models'])}")
     if images:
         draw_gallery(args.gallery, args.models[:2], images, pairs, rankings)
+    tasks = report["models"][0]["tasks"]
+    if not any(result["figures"] for result in tasks.values()):
+        raise InputError(f"--data {args.data}: nothing was evaluated, see above what is missing")
 
 
 if __name__ == "__main__":

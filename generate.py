@@ -135,6 +135,7 @@ def without_quotes(answer):
 
 OPENAI = "https://api.openai.com/v1"
 LARGEST = 2**20  # bytes of an answer that are read
+TRIES_TO_REACH = 3  # of one request, as long as no server has taken any
 TRY_AGAIN = (408, 409, 425, 429, 498, 499)  # beside 5xx and what is no answer at all
 
 
@@ -172,6 +173,7 @@ class Endpoint:
         self.gate = threading.Lock()
         self.opens_at = 0.0  # time.monotonic(); until then all workers wait
         self.lock = threading.Lock()  # of opens_at and what follows
+        self.reached = False  # has a server ever taken a request?
         self.good_answers = 0
         self.tokens = Counter()
         self.trouble = ""  # the last failure, for the progress bar
@@ -202,6 +204,8 @@ class Endpoint:
                 raise CaptionFailed(reason)
 
             tries += 1
+            if not self.reached and tries == TRIES_TO_REACH:
+                raise InputError(f"--endpoint {self.url}: {reason}; does the server run there?")
             if status == 429 and retry_after and self.good_answers > answers_before:
                 tries = 0  # this caption is not to blame for a rate limit that others pass
             if tries > self.flags.max_retries:
@@ -252,9 +256,11 @@ class Endpoint:
                     # still to come, and would be the next call's: so the connection is dropped,
                     # as `with` does where a body has not been read.
                     raise requests.ConnectionError(f"interim status {status}")
+                self.reached = True
                 text = read_body(reply.raw, deadline) or reply.headers.get("Location", "")
                 retry_after = seconds_of(reply.headers.get("Retry-After"))
         except Exception as error:  # noqa: BLE001 - whatever breaks on the way
+            self.reached = self.reached or isinstance(error, requests.ReadTimeout)
             status = 0
             text = str(error).rpartition(": ")[2].strip("'\")")
             retry_after = 0
@@ -356,8 +362,10 @@ def generate(flags):
     captions = tqdm(read_captions(flags.captions), "reading captions", leave=False, disable=None)
     for _ in captions_to_do(captions, flags, rows.keys, journal.keys, count):
         pass
-    print("{kept:,} captions kept, {left_out:,} left out by their number of words, {doubles:,} "
-          "doubles; {written:,} have a row, {to_do:,} are to do".format_map(count))
+    print(f"{count['kept']:,} captions kept, {count['left_out']:,} left out (not of "
+          f"{flags.min_words} to {flags.max_words} words: --min-words, --max-words), "
+          f"{count['doubles']:,} doubles; {count['written']:,} have a row, {count['to_do']:,} are "
+          "to do")
     if not count["kept"]:
         raise InputError(f"{' '.join(flags.captions)}: no caption is kept")
 
@@ -624,7 +632,8 @@ def read_tsv(lines):
         cells = text_of(line).split("\t")
         header = header or cells
         if len(cells) != len(header) or "filepath" not in header or "title" not in header:
-            raise ValueError("each line needs the header's columns, filepath and title among them")
+            raise ValueError("each line needs the header's columns, separated by tabs, filepath and "
+                             "title among them")
         columns = dict(zip(header, cells))
         if cells is not header:
             yield {"image_id": columns["filepath"], "caption": columns["title"]}
@@ -734,8 +743,11 @@ def name_of(path):
 
 
 def text_of(line):
-    """The text in a line of bytes, without its end."""
-    return line.decode().strip("\ufeff\r\n")
+    """The text in a line of bytes, without its end. Raises ValueError."""
+    try:
+        return line.decode().strip("\ufeff\r\n")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8; save it as UTF-8") from None
 
 
 def expand(patterns):
@@ -901,7 +913,7 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("captions", nargs="+", metavar="CAPTIONS",
-        help="files or globs: .txt with a caption on each line; .tsv with the columns filepath and "
+        help="files or globs: .txt with a caption on each line, which name no images; .tsv with the columns filepath and "
         "title; .jsonl with image_id and caption; img2dataset's .tar. For --sheet and "
         "--export-chat: files of rows")
     goal = parser.add_mutually_exclusive_group(required=True).add_argument

@@ -548,8 +548,11 @@ def encode_slice(name, image_ids, encoded, args):
             unreadable[image_id] = problem
         if len(unreadable) > args.max_bad_images * len(image_ids):
             image_id, problem = next(iter(unreadable.items()))
-            raise InputError(f"--images {args.images}: more than --max-bad-images can't be read, "
-                             f"the first is {image_id}: {problem}")
+            raise InputError(
+                f"--images {args.images}: {len(unreadable)} of {len(image_ids)} images can't be "
+                f"read, more than --max-bad-images {args.max_bad_images:g} lets pass; the first "
+                f"is {image_id}: {problem}"
+            )
     content = safetensors.torch.save({"features": torch.stack(features)}, unreadable)
     atomic_write(os.path.join(args.features, name), content)
 
@@ -872,20 +875,24 @@ def check_resumed_run(record, output):
             before = json.load(file)
             settings = before["settings"]
             record["unreadable"] = before["unreadable"]
-        require_same(record["settings"], settings, "this run", f"the one in --output {output}")
+        differing = differences(record["settings"], settings)
+        if differing:
+            raise InputError(f"this run and the one in --output {output} differ in {differing}; "
+                             "give another --output")
     elif os.path.exists(os.path.join(output, "open_clip_model.safetensors")):
         raise InputError(f"--output {output}: it holds a model that is no run of paraclip.py; "
                          "give another --output")
 
 
-def require_same(settings, others, name, others_name):
-    """Raise InputError if two dicts of settings differ, and name what differs."""
+def differences(settings, others):
+    """What differs between two dicts of settings, in words; "" if nothing does."""
     differing = []
     for key, value in settings.items():
-        if others[key] != value:
+        if others[key] != value and key.startswith("--"):
             differing.append(f"{key} ({value} and {others[key]})")
-    if differing:
-        raise InputError(f"{name} and {others_name} differ in {', '.join(differing)}")
+        elif others[key] != value:  # a checksum says nothing to a reader
+            differing.append(key)
+    return ", ".join(differing)
 
 
 def export(model, output):
@@ -1083,7 +1090,8 @@ def print_header(args, model, rows, record, first_step, steps):
     print(f"rows    {len(rows.places):,} of {record['rows']['count']:,}, "
           f"{len(rows.image_ids):,} images")
     if unreadable:
-        print(f"images  {len(unreadable):,} can't be read: {', '.join(sorted(unreadable)[:5])}")
+        print(f"images  {len(unreadable):,} can't be read (delete --features to try them again): "
+              f"{', '.join(sorted(unreadable)[:5])}")
     print(f"steps   {first_step:,} to {steps:,}, {args.epochs} epoch(s), each step "
           f"{args.batch_size:,} = {ranks} x {share:,} rows", flush=True)
 
@@ -1096,7 +1104,9 @@ def main():
     settings = {**record["settings"], "step in --output": state["step"]}
     settings_of_rank_0 = from_rank_0(settings)
     with together():
-        require_same(settings, settings_of_rank_0, f"rank {dist.get_rank()}", "rank 0")
+        differing = differences(settings, settings_of_rank_0)
+        if differing:
+            raise InputError(f"rank {dist.get_rank()} and rank 0 differ in {differing}")
 
     kinds = kinds_of(args.loss)
     image_features = None

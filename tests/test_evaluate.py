@@ -506,9 +506,11 @@ def test_an_unknown_model(data, models, monkeypatch):
 def test_a_wrong_folder_of_data(data, models, tmp_path, monkeypatch):
     """One line before a model is loaded, not a table of "not run"."""
     monkeypatch.setattr(paraclip, "load_model", None)
-    for folder in (data / "coco", tmp_path, tmp_path / "nowhere"):
+    for folder in (data / "coco", tmp_path):
         with pytest.raises(InputError, match=f"--data {folder}: nothing to evaluate, none of"):
             main(monkeypatch, models[0], "--data", folder)
+    with pytest.raises(InputError, match="--data nowhere: there is no such folder"):
+        main(monkeypatch, models[0], "--data", "nowhere")
     with pytest.raises(InputError, match="none of these is there: imagenet/val$"):
         main(monkeypatch, models[0], "--data", data, "--tasks", "imagenet")
 

@@ -267,7 +267,7 @@ A_DOG = {"a.txt": "a dog\n"}
 BAD_INPUTS = {  # the files, the arguments beside --output, what the error's line must name
     "no file": ({}, ["none.txt"], ["none.txt"]),
     "ending": ({"a.csv": "x"}, ["a.csv"], ["a.csv", ".tsv"]),
-    "not UTF-8": ({"a.txt": b"a dog\n\xff\xfe dog\n"}, ["a.txt"], ["a.txt:2", "utf-8"]),
+    "not UTF-8": ({"a.txt": b"a dog\n\xff\xfe dog\n"}, ["a.txt"], ["a.txt:2", "save it as UTF-8"]),
     "header": ({"a.tsv": "x\ty\n1\t2\n"}, ["a.tsv"], ["a.tsv:1", "filepath", "title"]),
     "columns": (
         {"a.tsv": "filepath\ttitle\n1\ta dog\n2\n"},
@@ -625,9 +625,9 @@ def test_a_few_captions_that_run_out(tmp_path):
 def test_no_server(tmp_path):
     with Server() as server:
         pass  # its port is free again
-    args = (*write_captions(tmp_path, 50), "--max-retries", 1)
-    done = run(*args, server=server, cwd=tmp_path, code=2, jitter=0.01)
-    assert "Connection refused" in done.error
+    args = (*write_captions(tmp_path, 50), "--concurrency", 2)
+    done = run(*args, server=server, cwd=tmp_path, code=2)
+    assert re.search(f"--endpoint {server.url}.*Connection refused; does the server run", done.error)
     assert os.listdir(tmp_path) == ["captions.txt"]
 
 
