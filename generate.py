@@ -913,9 +913,9 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("captions", nargs="+", metavar="CAPTIONS",
-        help="files or globs: .txt with a caption on each line, which name no images; .tsv with the columns filepath and "
-        "title; .jsonl with image_id and caption; img2dataset's .tar. For --sheet and "
-        "--export-chat: files of rows")
+        help="files or globs: .txt with a caption on each line, which names no image; .tsv with "
+        "the columns filepath and title; .jsonl with image_id and caption; img2dataset's .tar. "
+        "For --sheet and --export-chat: files of rows")
     goal = parser.add_mutually_exclusive_group(required=True).add_argument
     goal("--output", metavar="ROWS.jsonl",
          help="write the rows to this file; captions that fail go to ROWS.jsonl.failed beside it")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -513,6 +514,14 @@ def test_a_wrong_folder_of_data(data, models, tmp_path, monkeypatch):
         main(monkeypatch, models[0], "--data", "nowhere")
     with pytest.raises(InputError, match="none of these is there: imagenet/val$"):
         main(monkeypatch, models[0], "--data", data, "--tasks", "imagenet")
+
+
+def test_nothing_that_could_be_evaluated_is_an_error(data, models, tmp_path, monkeypatch, capsys):
+    """The pairs are there, the images are not."""
+    shutil.copy(data / "paraphrased_retrieval.jsonl", tmp_path)
+    with pytest.raises(InputError, match=f"--data {tmp_path}: nothing was evaluated"):
+        main(monkeypatch, models[0], "--data", tmp_path)
+    assert f"not run: paraphrase: {tmp_path}/images is not there" in capsys.readouterr().out
 
 
 def test_results_in_the_folder_of_data(data, models, monkeypatch):

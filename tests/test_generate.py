@@ -532,6 +532,37 @@ def test_odd_counts_of_tokens_spoil_no_answer(tmp_path):
     assert len(lines(tmp_path / "rows.jsonl")) == 5
 
 
+def test_what_llama_cpps_server_answers(tmp_path):
+    """It loads its model at first; a prompt may be too long for a slot; keys that others lack."""
+
+    def answer(request):
+        if request.number < 3:
+            return error(503, message="Loading model", type="unavailable_error", code=503)
+        if number_in(request) == 2:
+            message = "request (1531 tokens) exceeds the available context size (1024 tokens)"
+            return error(400, message=message, type="exceed_context_size_error", code=400)
+        message = {"role": "assistant", "content": reword(request).content}
+        return Reply(body=body(
+            choices=[{"finish_reason": "stop", "index": 0, "message": message}],
+            created=1795705242,
+            system_fingerprint="b0-unknown",
+            usage={
+                "completion_tokens": 9,
+                "prompt_tokens": 48,
+                "total_tokens": 57,
+                "prompt_tokens_details": {"cached_tokens": 24},
+            },
+            timings={"cache_n": 24, "prompt_n": 24, "predicted_n": 9, "predicted_ms": 2884.45},
+        ))  # fmt: skip
+
+    with Server(answer) as server:
+        done = run(*write_captions(tmp_path, 3), server=server, cwd=tmp_path, code=1, jitter=0.01)
+    assert numbers(tmp_path / "rows.jsonl") == [1, 3]
+    assert "2 rows more; 192 tokens sent, 36 answered" in done.out
+    failed, = lines(tmp_path / "rows.jsonl.failed")
+    assert "HTTP 400" in failed["reason"] and "exceeds the available context" in failed["reason"]
+
+
 def test_retry_failed_takes_just_those(tmp_path):
     args = write_captions(tmp_path, 6)
     journal = tmp_path / "rows.jsonl.failed"
