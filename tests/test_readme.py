@@ -39,7 +39,7 @@ def block_with(text):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 10
     for script in ("generate", "paraclip", "evaluate"):
         assert any(f"{script}.py " in command for command in COMMANDS)
 
@@ -92,7 +92,8 @@ def test_the_python_example_runs_on_a_run_directory(world):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(code, {})  # noqa: S102, the README is ours
-    assert re.fullmatch(r"\d+ of 10 images in common\n", out.getvalue())
+    said = out.getvalue()
+    assert re.match(r"I see one .*: \S+\.jpg, .*\npicture .*\n\d+ of 10 images in common\n", said)
 
 
 def test_half_way_back(world, tmp_path, monkeypatch):
