@@ -639,8 +639,8 @@ def make_encoders(model, image_features, args):
             for item, (feature, problem) in zip(progress(new, "images"), encoded):
                 if problem:
                     path, _ = item
-                    raise InputError(f"{path}: can't be read as an image ({problem}); mend it or "
-                                     "remove it")
+                    raise InputError(f"{path}: can't be read as an image ({problem}); mend it, or "
+                                     "remove it and what belongs to it")
                 image_features[item] = feature
         features = torch.stack([image_features[item] for item in items])
         return fixed_point(features.to(DEVICE))

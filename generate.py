@@ -357,6 +357,9 @@ def generate(flags):
         print(f"{old_journal}: what failed for an older version is not read; to leave those "
               f"captions out, cat {old_journal} >> {journal.path} and remove it")
 
+    if any(path.endswith(".txt") for path in expand(flags.captions)):
+        print("the captions of a .txt name no images: their rows train only a --loss without I")
+
     # The captions are read twice: to count them before the first call is paid, and to work.
     count = Counter()
     captions = tqdm(read_captions(flags.captions), "reading captions", leave=False, disable=None)
@@ -632,8 +635,8 @@ def read_tsv(lines):
         cells = text_of(line).split("\t")
         header = header or cells
         if len(cells) != len(header) or "filepath" not in header or "title" not in header:
-            raise ValueError("each line needs the header's columns, separated by tabs, filepath and "
-                             "title among them")
+            raise ValueError("each line needs the header's columns, separated by tabs, and the "
+                             "header filepath and title")
         columns = dict(zip(header, cells))
         if cells is not header:
             yield {"image_id": columns["filepath"], "caption": columns["title"]}
@@ -834,7 +837,8 @@ def write_sheet(flags):
     means = {name: total / sums["rows"] for name, total in sums.items()}
     print(f"{sums['rows']:,} rows. " + FIGURES.format_map(Counter(means)))
     for name, counted in repeats.items():
-        print(f"The most frequent {name}, of those that are there twice or more:")
+        if counted:
+            print(f"The most frequent {name}, of those that are there twice or more:")
         for text, n in counted.most_common(3):
             print(f"{n + 1:9,} x {text[:80]}")
 

@@ -82,7 +82,8 @@ def parse_args(argv=None):
     add("--max-bad-images", type=at_least(0, float), default=0.01, metavar="SHARE",
         help="share of the images that may be unreadable (default: %(default)s)")
     add("--save-every", type=at_least(1), default=500, metavar="STEPS",
-        help="steps between two saved states (default: %(default)s)")
+        help="steps between two saved states, which are never more than five minutes apart "
+        "(default: %(default)s)")
     add("--workers", type=at_least(0), default=min(cores(), 16), metavar="N",
         help="processes a rank that decode images and tokenise texts (default: %(default)s)")
 
@@ -276,6 +277,9 @@ def batches(count, batch_size, epochs, seed):
             yield order[first : first + n]
 
 
+SAVE_SECONDS = 300  # a state is never older, however slow the steps are
+
+
 def train(encoder, optimizer, examples, steps, first_step, args):
     """The loop, from first_step to the last of `steps`.
 
@@ -291,6 +295,7 @@ def train(encoder, optimizer, examples, steps, first_step, args):
     loader = load_in_workers(examples, args.workers, batch_size=None, sampler=row_batches)
     bar = progress(loader, "training", steps, unit="step", initial=first_step)
     started = time.monotonic()
+    saved = started
 
     for step, (tokens, image_features) in enumerate(bar, first_step):
         lr = cosine_lr(args.lr, step, steps)
@@ -331,8 +336,10 @@ def train(encoder, optimizer, examples, steps, first_step, args):
             with open(os.path.join(args.output, "log.jsonl"), "a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")
             bar.set_postfix({"loss": entry["loss"], **entry["terms"]}, refresh=False)
-            if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            due = (step + 1) % args.save_every == 0 or step + 1 == steps
+            if due or time.monotonic() > saved + SAVE_SECONDS:
                 save_state(encoder, optimizer, step + 1, args.output)
+                saved = time.monotonic()
 
 
 # ------------------------------------------------------------------ the rows of generate.py
@@ -549,9 +556,9 @@ def encode_slice(name, image_ids, encoded, args):
         if len(unreadable) > args.max_bad_images * len(image_ids):
             image_id, problem = next(iter(unreadable.items()))
             raise InputError(
-                f"--images {args.images}: {len(unreadable)} of {len(image_ids)} images can't be "
-                f"read, more than --max-bad-images {args.max_bad_images:g} lets pass; the first "
-                f"is {image_id}: {problem}"
+                f"--images {args.images}: {len(unreadable)} of the first {len(features)} images "
+                f"can't be read, more than --max-bad-images {args.max_bad_images:g} lets pass; the "
+                f"first is {image_id}: {problem}"
             )
     content = safetensors.torch.save({"features": torch.stack(features)}, unreadable)
     atomic_write(os.path.join(args.features, name), content)
@@ -608,15 +615,17 @@ def find_model(name):
         if os.path.isfile(os.path.join(folder, "open_clip_model.safetensors")):
             return f"local-dir:{folder}", None
         open_clip_name, _, pretrained = name.partition(":")
+    if open_clip_name not in open_clip.list_models():
+        raise InputError(
+            f"model {name}: it is none of {', '.join(BASELINES)} (a file in this folder, from "
+            "github.com/LijieFan/LaCLIP), no folder with open_clip_model.safetensors in it, and no "
+            "MODEL:TAG or MODEL:FILE with a model of open_clip, such as ViT-B-32"
+        )
     tags = open_clip.list_pretrained_tags_by_model(open_clip_name)
-    known_weights = pretrained in ("random", *tags) or os.path.isfile(pretrained)
-    if open_clip_name in open_clip.list_models() and known_weights:
-        return open_clip_name, pretrained
-    raise InputError(
-        f"model {name}: it is none of {', '.join(BASELINES)} (a file in this folder, from "
-        "github.com/LijieFan/LaCLIP), no folder with open_clip_model.safetensors in it, and no "
-        f"MODEL:FILE or MODEL:TAG of open_clip (tags of {open_clip_name}: {', '.join(tags)})"
-    )
+    if pretrained not in ("random", *tags) and not os.path.isfile(pretrained):
+        raise InputError(f"model {name}: of {open_clip_name} it wants the weights too, as a file "
+                         f"or a tag: {open_clip_name}:FILE or :{', :'.join(tags)}")
+    return open_clip_name, pretrained
 
 
 def load_model(name, device="cpu"):
@@ -880,8 +889,8 @@ def check_resumed_run(record, output):
             raise InputError(f"this run and the one in --output {output} differ in {differing}; "
                              "give another --output")
     elif os.path.exists(os.path.join(output, "open_clip_model.safetensors")):
-        raise InputError(f"--output {output}: it holds a model that is no run of paraclip.py; "
-                         "give another --output")
+        raise InputError(f"--output {output}: it holds a model, and no state.pt of a run to go on "
+                         "with; give another --output")
 
 
 def differences(settings, others):
@@ -938,7 +947,7 @@ def run(main):
 def one_line(error):
     """An exception as one line."""
     words = " ".join(str(error).split())[:400]
-    if isinstance(error, (InputError, OSError)):
+    if isinstance(error, (InputError, OSError)) or type(error) is ValueError:
         return words
     return f"{type(error).__name__}: {words}"
 
@@ -976,6 +985,9 @@ def read_jsonl(path, parse):
                 if line.strip():
                     yield offset, parse(line)
                 offset += len(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: it is no JSON, as generate.py's rows are ({error})"
+                             ) from None
         except Exception as error:  # noqa: BLE001, parsers raise all kinds
             raise InputError(f"{path}:{number}: {one_line(error)}") from None
 
@@ -1065,7 +1077,7 @@ def require_a_batch(rows, args):
     """Raise InputError if the rows are too few for one step."""
     if len(rows.places) < args.batch_size:
         raise InputError(f"--rows: {len(rows.places)} rows to train on are fewer than "
-                         f"--batch-size {args.batch_size}")
+                         f"--batch-size {args.batch_size}; give a smaller one")
 
 
 def leave_out_unreadable(rows, unreadable):
@@ -1090,8 +1102,8 @@ def print_header(args, model, rows, record, first_step, steps):
     print(f"rows    {len(rows.places):,} of {record['rows']['count']:,}, "
           f"{len(rows.image_ids):,} images")
     if unreadable:
-        print(f"images  {len(unreadable):,} can't be read (delete --features to try them again): "
-              f"{', '.join(sorted(unreadable)[:5])}")
+        print(f"images  {len(unreadable):,} can't be read (delete {args.features} to try them "
+              f"again): {', '.join(sorted(unreadable)[:5])}")
     print(f"steps   {first_step:,} to {steps:,}, {args.epochs} epoch(s), each step "
           f"{args.batch_size:,} = {ranks} x {share:,} rows", flush=True)
 

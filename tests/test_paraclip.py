@@ -809,7 +809,7 @@ def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
     paraclip.Image.new("RGB", (1, 1)).save(copy / "0003.jpg")
     arguments = flags(world, tmp_path / "run", images=copy, batch_size=70, epochs=2, save_every=1)
     assert train(*arguments) == 2
-    message = "1 of 80 images can't be read, more than --max-bad-images 0.01 lets pass; the first"
+    message = "1 of the first 8 images can't be read, more than --max-bad-images 0.01 lets pass; the first"
     assert message in capfd.readouterr().err
     assert train(*arguments, "--max-bad-images", "0.06") is None
     out = capfd.readouterr().out
@@ -841,27 +841,27 @@ def rows_with(world, tmp_path, change):
 
 
 BAD_ROWS = {
-    '{"image_id": "0': "bad.jsonl:3: JSONDecodeError",
+    '{"image_id": "0': "bad.jsonl:3: it is no JSON, as generate.py's rows are (",
     "[1]": "bad.jsonl:3: TypeError",
-    '{"image_id": "0001"}': 'bad.jsonl:3: ValueError: "caption" is missing, blank or no text',
+    '{"image_id": "0001"}': 'bad.jsonl:3: "caption" is missing, blank or no text',
     '{"caption": "a"}': "bad.jsonl:3: KeyError: 'image_id'",
 }
 BAD_TEXTS = {
-    "paraphrase_2": (" ", 'ValueError: "paraphrase_2" is missing, blank or no text'),
-    "caption": (None, 'ValueError: "caption" is missing, blank or no text'),
+    "paraphrase_2": (" ", 'jsonl:3: "paraphrase_2" is missing, blank or no text'),
+    "caption": (None, 'jsonl:3: "caption" is missing, blank or no text'),
     "image_id": ("a/../../x", "image_id 'a/../../x' must be a path below the folder of images"),
     "image_id ": ("/etc/passwd", "must be a path below the folder of images"),
     "image_id  ": ("a\ud83d", "the first is a?: there is no "),
 }
 BAD_FLAGS = [
     ({"rows": "none-*.jsonl"}, "none-*.jsonl: there is no such file"),
-    ({"batch_size": 81}, "--rows: 80 rows to train on are fewer than --batch-size 81"),
+    ({"batch_size": 81}, "--rows: 80 rows to train on are fewer than --batch-size 81; give"),
     ({"images": "."}, "the first is 0000: there is no ./0000 with .jpg"),
     ({"images": "none"}, "--images none: there is no such folder"),
     ({"images": None}, "--images is needed: a term of --loss has I"),
     ({"model": "."}, "no folder with open_clip_model.safetensors"),
     ({"model": "clip"}, "model clip: it is none of openai, openclip-400m"),
-    ({"model": "ViT-B-32:laion3b"}, "(tags of ViT-B-32: openai, laion400m_e31"),
+    ({"model": "ViT-B-32:laion3b"}, "or a tag: ViT-B-32:FILE or :openai, :laion400m_e31"),
     ({"epochs": 0}, "--epochs: 0 must be a number, 1 or more"),
     ({"lr": -1}, "--lr: -1 must be a number, 0 or more"),
     ({"weight_decay": "nan"}, "--weight-decay: nan must be a number, 0 or more"),
@@ -954,7 +954,7 @@ def test_damaged_files_and_foreign_models_are_one_line(world, tmp_path, capfd):
     conftest.make_clip(base)
     before = (base / "open_clip_model.safetensors").read_bytes()
     assert train(*flags(world, base, model=base, batch_size=40)) == 2
-    assert "holds a model that is no run" in capfd.readouterr().err
+    assert "holds a model, and no state.pt of a run to go" in capfd.readouterr().err
     assert (base / "open_clip_model.safetensors").read_bytes() == before
     assert len(list(base.iterdir())) == 2
 
@@ -1002,6 +1002,15 @@ def test_a_full_gpu_is_one_line(world, tmp_path, monkeypatch, capfd):
     error = capfd.readouterr().err
     assert re.search(r"a step; --micro-batch 256 .*: CUDA out of memory. Tried to", error)
     assert not dist.is_initialized()
+
+
+def test_slow_steps_are_saved_by_the_clock(world, tmp_path, monkeypatch):
+    """A run of a few dozen steps, each of many seconds, ended before --save-every with nothing."""
+    saved = []
+    monkeypatch.setattr(paraclip, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(paraclip, "save_state", lambda *state: saved.append(state[2]))
+    assert train(*flags(world, tmp_path / "run", batch_size=40, epochs=2)) is None
+    assert saved == [1, 2, 3, 4]
 
 
 def test_a_full_disk_keeps_the_old_state(world, tmp_path):
