@@ -623,8 +623,8 @@ def find_model(name):
         )
     tags = open_clip.list_pretrained_tags_by_model(open_clip_name)
     if pretrained not in ("random", *tags) and not os.path.isfile(pretrained):
-        raise InputError(f"model {name}: of {open_clip_name} it wants the weights too, as a file "
-                         f"or a tag: {open_clip_name}:FILE or :{', :'.join(tags)}")
+        raise InputError(f"model {name}: name the weights of {open_clip_name} too, as "
+                         f"{open_clip_name}:WEIGHTS with one of {', '.join(['FILE', *tags])}")
     return open_clip_name, pretrained
 
 

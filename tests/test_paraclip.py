@@ -861,7 +861,7 @@ BAD_FLAGS = [
     ({"images": None}, "--images is needed: a term of --loss has I"),
     ({"model": "."}, "no folder with open_clip_model.safetensors"),
     ({"model": "clip"}, "model clip: it is none of openai, openclip-400m"),
-    ({"model": "ViT-B-32:laion3b"}, "or a tag: ViT-B-32:FILE or :openai, :laion400m_e31"),
+    ({"model": "ViT-B-32:laion3b"}, "ViT-B-32:WEIGHTS with one of FILE, openai, laion400m_e31"),
     ({"epochs": 0}, "--epochs: 0 must be a number, 1 or more"),
     ({"lr": -1}, "--lr: -1 must be a number, 0 or more"),
     ({"weight_decay": "nan"}, "--weight-decay: nan must be a number, 0 or more"),
