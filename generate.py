@@ -181,6 +181,7 @@ class Endpoint:
     def ask(self, prompt, source, may_echo=True):
         """A good answer to `prompt` about `source`, after --max-retries more tries at most.
 
+        As long as no server has taken a request, TRIES_TO_REACH tries are enough to give up.
         A Retry-After makes all workers wait; a 429 with one is not counted against a caption
         while others get answers. Raises CaptionFailed, or InputError where no other caption can
         get an answer either.
@@ -250,13 +251,13 @@ class Endpoint:
         options = {"timeout": self.flags.timeout, "allow_redirects": False, **self.settings}
         try:
             with self.session.post(self.url, json=body, **options) as reply:
+                self.reached = True
                 status = reply.status_code
                 if status < 200:
                     # http.client takes an interim status (103) for the answer. The true one is
                     # still to come, and would be the next call's: so the connection is dropped,
                     # as `with` does where a body has not been read.
                     raise requests.ConnectionError(f"interim status {status}")
-                self.reached = True
                 text = read_body(reply.raw, deadline) or reply.headers.get("Location", "")
                 retry_after = seconds_of(reply.headers.get("Retry-After"))
         except Exception as error:  # noqa: BLE001 - whatever breaks on the way

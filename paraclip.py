@@ -277,7 +277,7 @@ def batches(count, batch_size, epochs, seed):
             yield order[first : first + n]
 
 
-SAVE_SECONDS = 300  # a state is never older, however slow the steps are
+SAVE_SECONDS = 300  # after which a state is saved, however few steps there were
 
 
 def train(encoder, optimizer, examples, steps, first_step, args):
