@@ -947,6 +947,8 @@ def run(main):
 def one_line(error):
     """An exception as one line."""
     words = " ".join(str(error).split())[:400]
+    if isinstance(error, KeyError):
+        return f"the key {words} is missing"
     if isinstance(error, (InputError, OSError)) or type(error) is ValueError:
         return words
     return f"{type(error).__name__}: {words}"

@@ -276,11 +276,11 @@ def test_damaged_and_missing_files(data, restored, file):
 
 
 @pytest.mark.parametrize(("file", "old", "new", "error"), [
-    ("paraphrased_retrieval.jsonl", '"query"', '"text"', "jsonl:1: KeyError: 'caption'"),
+    ("paraphrased_retrieval.jsonl", '"query"', '"text"', "jsonl:1: the key 'caption' is missing"),
     ("paraphrased_retrieval.jsonl", "139", '"140"', 'jsonl:1: image_id "140" is no'),
     ("paraphrased_retrieval.jsonl", '"the same"', '" "', "jsonl:5: a text is blank"),
     ("coco/annotations/captions_val2017.json", '"image_id": 139', '"image_id": 7',
-     "captions_val2017.json: can't be read: KeyError: 7"),
+     "captions_val2017.json: can't be read: the key 7 is missing"),
     ("coco/annotations/captions_val2017.json", NAMES[0], "1.jpg", "of its 14 images only 13 have"),
     ("sts/STS12-en-test/STS.gs.MSRvid.txt", "\n5\n", "\nnan\n", ": the gold score nan"),
     ("sts/STS12-en-test/STS.gs.MSRvid.txt", "\n5\n", "\n", "gs.MSRvid.txt: 6 lines, for 7 pairs"),

@@ -334,10 +334,12 @@ def wait_for(condition, is_running, seconds=90):
 
 
 def log_of(folder):
+    """The steps of log.jsonl. A line that is being written counts once its end is there."""
     path = folder / "log.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def weights_of(folder):
@@ -844,7 +846,7 @@ BAD_ROWS = {
     '{"image_id": "0': "bad.jsonl:3: it is no JSON, as generate.py's rows are (",
     "[1]": "bad.jsonl:3: TypeError",
     '{"image_id": "0001"}': 'bad.jsonl:3: "caption" is missing, blank or no text',
-    '{"caption": "a"}': "bad.jsonl:3: KeyError: 'image_id'",
+    '{"caption": "a"}': "bad.jsonl:3: the key 'image_id' is missing",
 }
 BAD_TEXTS = {
     "paraphrase_2": (" ", 'jsonl:3: "paraphrase_2" is missing, blank or no text'),

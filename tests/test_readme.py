@@ -11,7 +11,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import demo
 import flickr8k
 import numpy as np
 import pytest
@@ -142,8 +144,15 @@ def script(name, *arguments):
     return output
 
 
-def test_the_demo_runs_small(tmp_path):
-    out = script("demo.py", "--output", tmp_path / "demo", "--scenes", 280, "--steps", 3)
+def test_the_demo_runs_small(tmp_path, monkeypatch, capfd):
+    """Every command of it, on fewer pictures and with towers of one layer."""
+    flags = ["--output", f"{tmp_path}/demo", "--scenes", "280", "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *flags])
+    monkeypatch.setitem(demo.CLIP["vision_cfg"], "layers", 1)
+    monkeypatch.setitem(demo.CLIP["text_cfg"], "layers", 1)
+    demo.main()
+    out, error = capfd.readouterr()
+    assert "Warning" not in error and "Traceback" not in error, error
     for name in ("clip", "runs/paraclip", "runs/L1"):
         assert re.search(rf"\| {name} +(\| +\d+\.\d\*? +){{8}}\|", out), out
     assert (tmp_path / "demo" / "figure3.png").stat().st_size > 10_000
@@ -187,18 +196,12 @@ def photos(world, tmp_path):
     return tmp_path
 
 
-def flickr8k_flags(world, photos):
-    losses = ["--losses", "I:T2 T:T1 T1:T2"]
-    sizes = ["--seeds", "2", "--test", "20", "--batch-size", "20", "--epochs", "1"]
-    return [photos, "--model", f"local-dir:{world}/clip", "--output", photos / "out",
-            *losses, *sizes]
-
-
-def test_table_2_on_photographs(world, photos):
-    """The table; what is finished is not done again."""
-    flags = flickr8k_flags(world, photos)
-    out = script("flickr8k.py", *flags)
-    cell = r"\d+\.\d ± \d+\.\d \([+-]\d+\.\d\)"
+def test_table_2_on_photographs(world, photos, monkeypatch, capfd):
+    """The table, and then of two seeds; what is finished is not done again."""
+    flags = [photos, "--model", f"local-dir:{world}/clip", "--output", photos / "out",
+             "--losses", "I:T2 T:T1 T1:T2", "--test", 20, "--batch-size", 20, "--epochs", 1]
+    out = script("flickr8k.py", *flags, "--seeds", 1)
+    cell = r"\d+\.\d ± 0\.0 \([+-]\d+\.\d\)"
     assert re.search(rf"\| none \| \d+\.\d .*\n\| `I:T2 T:T1 T1:T2` \| {cell} \|", out), out
     names = [f"{i:04}.jpg" for i in range(80)]
     names.sort(key=lambda name: hashlib.md5(name.encode()).hexdigest())
@@ -208,10 +211,23 @@ def test_table_2_on_photographs(world, photos):
     assert row["paraphrase_1"].endswith("old") and row["paraphrase_2"].endswith("wet")
     assert (photos / "out/figure3.png").exists()
     assert "I:T2 T:T1 T1:T2" in json.loads((photos / "out/table.json").read_text())
-    state = photos / "out/IT2_TT1_T1T2-0/state.pt"
-    before = state.stat().st_mtime_ns
-    script("flickr8k.py", *flags)
-    assert state.stat().st_mtime_ns == before
+
+    first = photos / "out/IT2_TT1_T1T2-0/state.pt"
+    second = photos / "out/IT2_TT1_T1T2-1/state.pt"
+    before = first.stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", ["flickr8k.py", *map(str, flags), "--seeds", "2"])
+    flickr8k.main()
+    assert first.stat().st_mtime_ns == before and second.exists()
+    results = json.loads((photos / "out/results.json").read_text())
+    assert len(results["models"]) == 3
+    assert "| `I:T2 T:T1 T1:T2` |" in capfd.readouterr().out
+
+
+def test_a_cell_of_the_table():
+    """The mean of the seeds, their standard deviation, and the difference from the base."""
+    figures = {"base": {"AO@10": 20.0}, "one": {"AO@10": 23.0}, "two": {"AO@10": 25.0}}
+    table = flickr8k.summarise(figures, {"I:T": [Path("one"), Path("two")]})
+    assert flickr8k.markdown(table).endswith("| none | 20.0 |\n| `I:T` | 24.0 ± 1.4 (+4.0) |")
 
 
 def test_an_llms_paraphrases_take_the_place_of_peoples(photos, capsys):
