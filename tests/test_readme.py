@@ -138,8 +138,13 @@ def script(name, *arguments):
     """What a script of tests/ prints, as a process."""
     words = [sys.executable, ROOT / "tests" / name, *map(str, arguments)]
     done = subprocess.run(words, check=False, capture_output=True, text=True)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
+    assert done.returncode == 0, done.stdout + done.stderr
+    return without_noise(done.stdout, done.stderr)
+
+
+def without_noise(out, error):
+    """Both, after a look for warnings and tracebacks in them."""
+    output = out + error
     assert "Warning" not in output and "Traceback" not in output, output
     return output
 
@@ -151,8 +156,7 @@ def test_the_demo_runs_small(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(demo.CLIP["vision_cfg"], "layers", 1)
     monkeypatch.setitem(demo.CLIP["text_cfg"], "layers", 1)
     demo.main()
-    out, error = capfd.readouterr()
-    assert "Warning" not in error and "Traceback" not in error, error
+    out = without_noise(*capfd.readouterr())
     for name in ("clip", "runs/paraclip", "runs/L1"):
         assert re.search(rf"\| {name} +(\| +\d+\.\d\*? +){{8}}\|", out), out
     assert (tmp_path / "demo" / "figure3.png").stat().st_size > 10_000
@@ -220,7 +224,7 @@ def test_table_2_on_photographs(world, photos, monkeypatch, capfd):
     assert first.stat().st_mtime_ns == before and second.exists()
     results = json.loads((photos / "out/results.json").read_text())
     assert len(results["models"]) == 3
-    assert "| `I:T2 T:T1 T1:T2` |" in capfd.readouterr().out
+    assert "| `I:T2 T:T1 T1:T2` |" in without_noise(*capfd.readouterr())
 
 
 def test_a_cell_of_the_table():
