@@ -6,7 +6,7 @@ On one CPU or GPU:
     python paraclip.py --rows rows.jsonl --images images/ --output runs/mine --batch-size 256
 The paper's run, 5M rows on 8 GPUs:
     torchrun --standalone --nproc_per_node 8 paraclip.py --rows 'rows/*.jsonl' --images laion/ \\
-        --model openai --output runs/openai
+        --model openai --output runs/openai --cache laion-cache
 The same command resumes a stopped run. Its --output is an open_clip model: local-dir:runs/openai
 """
 
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import glob
 import hashlib
@@ -23,12 +24,12 @@ import json
 import logging
 import math
 import os
-import subprocess
+import re
 import sys
 import tarfile
 import time
-import uuid
 import warnings
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -36,61 +37,58 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
+from torchvision.transforms import Compose, PILToTensor
 from tqdm import tqdm
 
 PAPER_TERMS = {"L1": "I:T", "L1'": "I:T1", "L1''": "I:T2", "L2": "T:T1", "L3": "T1:T2"}  # Table 2
 PARACLIP = ["I:T2", "T:T1", "T1:T2"]  # L1'' + L2 + L3: the method itself
+TERMS = [f"{a}:{b}" for a, b in itertools.permutations(("I", "T", "T1", "T2"), 2)]
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    paper_terms = ", ".join(f"{name} is {term}" for name, term in PAPER_TERMS.items())
-    possible_terms = [f"{a}:{b}" for a, b in itertools.permutations(("I", *TEXT_KEYS), 2)]
-    add("--rows", nargs="+", required=True, metavar="JSONL", help="files of generate.py, or globs")
-    add("--images", metavar="DIR", help="folder of images, or of img2dataset's .tar shards")
+    add("--rows", nargs="+", required=True, help="files of generate.py, or globs")
+    add("--images", type=Path, help="folder of images, or of img2dataset's .tar shards")
     add("--model", default="openai",
-        help=f"a baseline of section 3.1: {', '.join(BASELINES)}; open_clip's MODEL:TAG, "
-        "MODEL:FILE or MODEL:random; a run directory; a local-dir:DIR (default: %(default)s)")
-    add("--output", required=True, metavar="DIR", help="run directory; a run in it is resumed")
-    add("--loss", nargs="+", default=PARACLIP, choices=possible_terms, metavar="A:B",
-        help=f"terms of the loss; the paper's {paper_terms} (default: I:T2 T:T1 T1:T2)")
-    add("--batch-size", type=at_least(1), default=3072, metavar="ROWS",
+        help="a baseline of section 3.1 (openai, openclip-400m, openclip-2b, openclip-roberta, "
+        "laclip); open_clip's MODEL:TAG, MODEL:FILE, MODEL:random or hf-hub:NAME; a run "
+        "directory, as DIR or local-dir:DIR (default: %(default)s)")
+    add("--output", type=Path, required=True, help="run directory; a run in it is resumed")
+    add("--loss", nargs="+", default=PARACLIP, choices=TERMS, metavar="A:B",
+        help="terms of the loss, pairs of I, T, T1 and T2 (default: I:T2 T:T1 T1:T2)")
+    add("--batch-size", type=int, default=3072,
         help="rows of a step, over all ranks; Appendix A (default: %(default)s)")
-    add("--epochs", type=at_least(1), default=1, metavar="N",
+    add("--epochs", type=int, default=1,
         help="passes over the rows; Appendix A (default: %(default)s)")
-    add("--lr", type=at_least(0, float), default=5e-7, metavar="RATE",
+    add("--lr", type=float, default=5e-7,
         help="learning rate of the first step; Appendix A (default: %(default)s)")
-    add("--weight-decay", type=at_least(0, float), default=0.001, metavar="RATE",
-        help="AdamW's; Appendix A (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.001, help="Appendix A (default: %(default)s)")
     add("--precision", choices=["bf16", "fp32"],
         default="bf16" if torch.cuda.is_available() else "fp32",
         help="of the text tower's products; not stated, ours (default: %(default)s)")
-    add("--seed", type=at_least(0), default=0, metavar="N",
+    add("--seed", type=int, default=0,
         help="decides the order of the rows; ours (default: %(default)s)")
-    add("--micro-batch", type=at_least(0), default=0, metavar="TEXTS",
+    add("--micro-batch", type=int, default=0,
         help="texts encoded at once, to bound memory; 0 is all (default: %(default)s)")
-    add("--features", metavar="DIR",
-        help="cache of image features, which many runs may share (default: OUTPUT/features)")
-    add("--max-bad-images", type=at_least(0, float), default=0.01, metavar="SHARE",
+    add("--cache", type=Path,
+        help="folder for tokens and image features, which many runs may share; on several "
+        "machines a local one of each (default: OUTPUT/cache)")
+    add("--max-bad-images", type=float, default=0.01,
         help="share of the images that may be unreadable (default: %(default)s)")
-    add("--save-every", type=at_least(1), default=500, metavar="STEPS",
+    add("--save-every", type=int, default=500,
         help="steps between two saved states, which are never more than five minutes apart "
         "(default: %(default)s)")
-    add("--workers", type=at_least(0), default=min(cores(), 16), metavar="N",
+    add("--workers", type=int, default=min(cores(), 16),
         help="processes a rank that decode images and tokenise texts (default: %(default)s)")
-
     args = parser.parse_args(argv)
-    if len({frozenset(term.split(":")) for term in args.loss}) < len(args.loss):
-        parser.error("argument --loss: the same term is there twice; name each term once")
-    args.features = args.features or os.path.join(args.output, "features")
+    args.cache = args.cache or args.output / "cache"
     return args
 
 
@@ -160,7 +158,7 @@ def loss_terms(encoder, tokens, image_features, loss):
     for kind, kind_features in zip(tokens, text_features.split(n)):
         features[kind] = Gather.apply(kind_features)
     if image_features is not None:
-        features["I"] = Gather.apply(image_features.to(text_features))
+        features["I"] = Gather.apply(image_features.to(text_features, non_blocking=True))
 
     first = n * dist.get_rank()
     local_rows = slice(first, first + n)
@@ -177,8 +175,9 @@ def loss_terms(encoder, tokens, image_features, loss):
 class TextEncoder(torch.nn.Module):
     """CLIP's text tower and logit scale: all that trains, since load_model() freezes the rest.
 
-    clip: an open_clip model. micro_batch: texts encoded at once, 0 for all. bf16: products in
-    bfloat16, under autocast. DistributedDataParallel wraps this module.
+    clip: an open_clip model. micro_batch: texts encoded at once, 0 for all; then only their
+    features are kept, and backward encodes them again. bf16: products in bfloat16, under
+    autocast. DistributedDataParallel wraps this module.
     """
 
     def __init__(self, clip, micro_batch=0, bf16=False):
@@ -187,56 +186,115 @@ class TextEncoder(torch.nn.Module):
         self.micro_batch = micro_batch
         self.bf16 = bf16
         self.tower = getattr(clip, "text", clip)  # a CLIP is its own text tower
-        self.huggingface = isinstance(self.tower, open_clip.hf_model.HFTextEncoder)
+        self.is_causal = is_causal(self.tower)
+        self.encode = self.encode_flat if self.is_causal else self.encode_parts
+        if micro_batch:
+            self.encode = functools.partial(checkpoint, self.encode, use_reentrant=False)
 
     def forward(self, tokens):
         """Tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and logit_scale.
 
-        The texts are sorted by length and encoded in chunks, each cut to its longest text. With
-        a micro_batch only a chunk's features are kept, and backward encodes it again.
+        The texts are sorted by length and cut into 16 parts, each as long as its longest text: so
+        hardly anything is computed for padding.
         """
-        device = self.clip.logit_scale.device
+        logit_scale = self.clip.logit_scale
         lengths, order = self.lengths(tokens).sort()
-        tokens = tokens[order].to(device)
-        smallest = 512 if device.type == "cuda" else 32
-        size = self.micro_batch or max(smallest, len(tokens) // 16)
-
+        size = self.micro_batch or len(tokens)
+        parts = 4 if self.micro_batch else 16  # 4, as the texts of a micro-batch are about as long
         features = []
-        for chunk, chunk_lengths in zip(tokens.split(size), lengths.split(size)):
-            chunk = chunk[:, : chunk_lengths[-1]]
-            if self.micro_batch:
-                features.append(checkpoint(self.encode, chunk, use_reentrant=False))
-            else:
-                features.append(self.encode(chunk))
-        in_their_order = order.argsort().to(device)
-        return torch.cat(features)[in_their_order], self.clip.logit_scale.exp()
+        for chunk, chunk_lengths in zip(tokens[order].split(size), lengths.split(size)):
+            with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):
+                features.append(self.encode(chunk, chunk_lengths, pad(chunk_lengths, parts)))
+        features = torch.cat(features)[self.send(order.argsort())]  # in the order of `tokens`
+        return F.normalize(features.to(logit_scale.dtype), dim=-1), logit_scale.exp()
 
     def lengths(self, tokens):
         """For each text [n, 77] the number of its first tokens that its feature depends on, [n]."""
-        if self.huggingface:  # RoBERTa's attention mask leaves padding out
+        if self.is_causal:
+            return tokens.argmax(1) + 1  # up to the end token, which has the highest number
+        if isinstance(self.tower, open_clip.hf_model.HFTextEncoder):
+            # RoBERTa's attention mask leaves padding out.
             return (tokens != self.tower.config.pad_token_id).sum(1)
-        pool = getattr(self.tower, "text_pool_type", getattr(self.tower, "pool_type", ""))
-        if pool == "argmax" and self.tower.attn_mask is not None:
-            return tokens.argmax(1) + 1  # CLIP's is causal, and pooled at the end token
         return torch.full((len(tokens),), tokens.shape[1])
 
-    def encode(self, tokens):
-        """Tokens [n, L], L <= 77 -> [n, D] by open_clip's own forward.
+    def send(self, tensor):
+        """A tensor on the CPU -> on the model's device. Pinned: else the copy waits for the GPU."""
+        device = self.clip.logit_scale.device
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
 
-        CLIP's positions and causal mask are cut to L, RoBERTa cuts its own.
+    def encode_parts(self, tokens, lengths, padded):
+        """Sorted texts [n, 77] -> features [n, D], part by part through open_clip's own forward."""
+        features = []
+        longest, counts = padded.unique_consecutive(return_counts=True)
+        for part, length in zip(tokens.split(counts.tolist()), longest):
+            features.append(self.clip.encode_text(self.send(part[:, :length])))
+        return torch.cat(features)
+
+    def encode_flat(self, tokens, lengths, padded):
+        """Sorted texts [n, 77] -> features [n, D] by CLIP's causal transformer.
+
+        All tokens are one list [tokens, width], and only attention goes part by part: a GPU takes
+        less time for few large products than for many small ones.
         """
-        length = tokens.shape[1]
-        overrides = {}
-        if not self.huggingface and length < self.tower.context_length:
-            prefix = "" if self.tower is self.clip else "text."
-            overrides[prefix + "positional_embedding"] = self.tower.positional_embedding[:length]
-            overrides[prefix + "attn_mask"] = self.tower.attn_mask[:length, :length]
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            _, features, *_ = torch.func.functional_call(
-                self.clip, overrides, kwargs={"text": tokens}, tie_weights=False
-            )
-        # open_clip has normalised them already, but in bf16 that is coarse.
-        return F.normalize(features.to(self.clip.logit_scale), dim=-1)
+        tower = self.tower
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)  # [n, 77]
+        kept = positions < padded[:, None]
+        ends = padded.cumsum(0) - padded + lengths - 1  # of each text, the end token's index
+        longest, counts = padded.unique_consecutive(return_counts=True)
+        sizes = (longest * counts).tolist()
+        masks = [self.mask(*part) for part in zip(longest.tolist(), counts.tolist())]
+
+        x = tower.token_embedding(self.send(tokens[kept]))
+        x = x + F.embedding(self.send(positions[kept]), tower.positional_embedding)
+        for block in tower.transformer.resblocks:
+            x = x + block.ls_1(attention(block.attn, block.ln_1(x), sizes, masks))
+            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        return tower.ln_final(x[self.send(ends)]) @ tower.text_projection
+
+    def mask(self, length, count):
+        """The attention mask [g L, g L] for g of the `count` texts of a part, side by side.
+
+        It is the tower's own within a text, and -inf between two. A GPU's attention works in
+        tiles of 64 tokens, so short texts share one.
+        """
+        g = math.gcd(count, 32)
+        while g > 1 and g * length > 64:
+            g //= 2
+        mask = self.tower.attn_mask[:length, :length].repeat(g, g)
+        text = torch.arange(g * length, device=mask.device) // length
+        mask = mask.masked_fill(text[:, None] != text, -math.inf)
+        return mask.to(torch.bfloat16 if self.bf16 else self.tower.positional_embedding.dtype)
+
+
+def attention(attn, x, sizes, masks):
+    """Causal self-attention within each text. x: [tokens, width], `sizes` of them in each part."""
+    qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    attended = []
+    for part, mask in zip(qkv.split(sizes), masks):
+        part = part.view(-1, len(mask), 3, attn.num_heads, attn.head_dim)
+        q, k, v = part.permute(2, 0, 3, 1, 4)  # each [groups, heads, g L, width / heads]
+        # With is_causal=True it would be flash attention, three times slower on short texts.
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+        attended.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+    return attn.out_proj(torch.cat(attended))
+
+
+def is_causal(tower):
+    """Is it CLIP's own transformer, whose feature depends on the tokens up to the end token?"""
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", ""))
+    if pool != "argmax" or tower.attn_mask is None or getattr(tower, "cls_emb", None) is not None:
+        return False
+    blocks = tower.transformer.resblocks
+    plain = all(type(block) is open_clip.transformer.ResidualAttentionBlock for block in blocks)
+    return plain and isinstance(tower.text_projection, torch.nn.Parameter)
+
+
+def pad(lengths, parts):
+    """Sorted lengths [n] -> of each text the length of the longest in its part, [n]."""
+    size = 32 * math.ceil(len(lengths) / (32 * parts))  # see TextEncoder.mask
+    return torch.cat([part[-1].expand(len(part)) for part in lengths.split(size)])
 
 
 def make_optimizer(model, lr, weight_decay):
@@ -244,18 +302,13 @@ def make_optimizer(model, lr, weight_decay):
 
     The paper gives neither betas nor eps: they are open_clip's. Only matrices decay, as there.
     """
-    matrices = []
-    gains_and_biases = []  # and the logit scale
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.ndim >= 2:
-            matrices.append(parameter)
-        elif parameter.requires_grad:
-            gains_and_biases.append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": gains_and_biases, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=matrices[0].is_cuda)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    others = [parameter for parameter in trained if parameter.ndim < 2]  # gains, biases, scale
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others}]
+    return torch.optim.AdamW(
+        groups, lr=lr, weight_decay=0, betas=(0.9, 0.98), eps=1e-6, fused=trained[0].is_cuda
+    )
 
 
 def cosine_lr(lr, step, steps):
@@ -278,27 +331,25 @@ def batches(count, batch_size, epochs, seed):
 
 
 SAVE_SECONDS = 300  # after which a state is saved, however few steps there were
+LOG_EVERY = 10  # steps; to read a figure from a GPU is to wait for it
 
 
-def train(encoder, optimizer, examples, steps, first_step, args):
-    """The loop, from first_step to the last of `steps`.
+def train(encoder, optimizer, data, first_step, args, log):
+    """The loop, from first_step to the last. log: the open log.jsonl on rank 0.
 
     Raises InputError if a loss or its gradient is infinite or nan.
     """
-    rank = dist.get_rank()
     world = dist.get_world_size()
     logit_scale = encoder.clip.logit_scale
     trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     parallel = torch.nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)
-    row_batches = batches(len(examples), args.batch_size, args.epochs, args.seed)
-    row_batches = itertools.islice(row_batches, first_step, None)
-    loader = load_in_workers(examples, args.workers, batch_size=None, sampler=row_batches)
-    bar = progress(loader, "training", steps, unit="step", initial=first_step)
-    started = time.monotonic()
-    saved = started
-
+    order = batches(len(data.rows), args.batch_size, args.epochs, args.seed)
+    loader = load_in_workers(data.batch, list(order)[first_step:], min(args.workers, 4))
+    bar = progress(loader, "training", data.steps, unit="step", initial=first_step)
+    saved = time.monotonic()
+    entries = []  # of the steps since figures were last read
     for step, (tokens, image_features) in enumerate(bar, first_step):
-        lr = cosine_lr(args.lr, step, steps)
+        lr = cosine_lr(args.lr, step, data.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -310,272 +361,272 @@ def train(encoder, optimizer, examples, steps, first_step, args):
         values = torch.stack(list(terms.values())).detach()
         dist.all_reduce(values)
         grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
-        entry = {
-            "step": step,
-            "loss": values.sum().item(),
-            "terms": dict(zip(terms, values.tolist())),
-            "lr": lr,
-            "logit_scale": logit_scale.exp().item(),
-            "grad_norm": grad_norm.item(),
-        }
-        if not math.isfinite(entry["loss"] + entry["grad_norm"]):
-            bar.close()
-            raise InputError(
-                f"step {step}: the loss {entry['loss']:.4g} or its gradient "
-                f"{entry['grad_norm']:.4g} is not finite; try a lower --lr or --precision fp32, in "
-                "another --output. state.pt, if there, is the last good state"
-            )
+        scale = logit_scale.detach().exp().squeeze()
+        entries.append((step, lr, torch.stack([*values, scale, grad_norm])))
         optimizer.step()
         optimizer.zero_grad()
         logit_scale.data.clamp_(0, math.log(100))  # as in CLIP
 
-        if rank == 0:
-            seconds_a_step = (time.monotonic() - started) / (step + 1 - first_step)
-            entry["examples_per_s"] = args.batch_size / seconds_a_step
-            entry["eta_s"] = (steps - step - 1) * seconds_a_step
-            with open(os.path.join(args.output, "log.jsonl"), "a", encoding="utf-8") as log:
-                log.write(json.dumps(entry) + "\n")
-            bar.set_postfix({"loss": entry["loss"], **entry["terms"]}, refresh=False)
-            due = (step + 1) % args.save_every == 0 or step + 1 == steps
-            if due or time.monotonic() > saved + SAVE_SECONDS:
-                save_state(encoder, optimizer, step + 1, args.output)
-                saved = time.monotonic()
+        due = (step + 1) % args.save_every == 0 or time.monotonic() > saved + SAVE_SECONDS
+        save = due or step + 1 == data.steps
+        if save or len(entries) == LOG_EVERY:
+            bar.set_postfix(write_log(entries, args.loss, log), refresh=False)
+            entries.clear()
+        if save:
+            save_state(encoder, optimizer, step + 1, args.output)
+            saved = time.monotonic()
 
 
-# ------------------------------------------------------------------ the rows of generate.py
+def write_log(entries, loss, log):
+    """Write a line to `log` for each of train()'s entries; on other ranks than 0 it is None.
+
+    Returns the terms of the last one. Raises InputError if a loss or its gradient is not finite.
+    """
+    for step, lr, figures in entries:
+        *values, logit_scale, grad_norm = figures.tolist()
+        if not math.isfinite(sum(values) + grad_norm):
+            raise InputError(f"step {step}: the loss {sum(values)} or its gradient {grad_norm} is "
+                             "not finite; try a lower --lr or --precision fp32, in another "
+                             "--output. state.pt, if there, is the last good state")
+        terms = dict(zip(loss, values))
+        line = {"step": step, "loss": sum(values), "terms": terms, "lr": lr,
+                "logit_scale": logit_scale, "grad_norm": grad_norm}
+        if log:
+            log.write(json.dumps(line).encode() + b"\n")
+            log.flush()
+    return terms
 
 
-@dataclasses.dataclass
-class Rows:
-    """The rows' places in their files. Their texts stay there until a step needs them."""
+# ------------------------------------------------------------------ two arrays, and the rows
+#   CACHE/tokens-HASH.npy    [rows, 3, 77] uint16: T, T' and T'' of each row
+#   CACHE/features-HASH.npy  [images, D] fp16: L2-normalised; nan, where an image can't be read
+# They are computed once, before the first step. A step is then two look-ups.
 
-    files: list  # paths
-    places: np.ndarray  # [rows, 3]: index in files, byte offset in the file, index in image_ids
-    image_ids: list  # each once, sorted
-    checksum: str  # SHA-256 of all texts, in the order of the rows
+
+class Data:
+    """What the steps need of the rows.
+
+    rows: the indices of the rows to train on. image_of: [all rows], the index of their image.
+    Raises InputError if too many images can't be read, or the rows are too few for one step.
+    """
+
+    def __init__(self, model, args):
+        rows = read_rows(args.rows)
+        ids = list(dict.fromkeys(row[0] for row in rows))
+        index_of = dict(zip(ids, range(len(ids))))
+        self.image_of = np.array([index_of[row[0]] for row in rows])
+        self.checksum = sha256(rows)
+        self.kinds = kinds_of(args.loss)
+        self.tokens = cache_tokens(rows, self.checksum, model, args)
+        self.rows = np.arange(len(rows))
+        if "I" in self.kinds:
+            self.features = cache_image_features(ids, model, args)
+            self.rows = np.flatnonzero(~np.isnan(self.features[self.image_of, 0]))
+        self.steps = args.epochs * (len(self.rows) // args.batch_size)
+        if not self.steps:
+            raise InputError(f"--rows: {len(self.rows):,} rows to train on are fewer than "
+                             f"--batch-size {args.batch_size}; give a smaller one")
+
+    def batch(self, indices):
+        """Indices [n] in self.rows -> {kind: tokens [n, 77]}, image features [n, D] or None."""
+        rows = self.rows[indices]
+        texts = torch.from_numpy(self.tokens[rows].astype(np.int64)).unbind(1)
+        tokens = {kind: text for kind, text in zip(TEXT_KEYS, texts) if kind in self.kinds}
+        features = None
+        if "I" in self.kinds:
+            features = torch.from_numpy(self.features[self.image_of[rows]])
+        return tokens, features
 
 
 def read_rows(patterns):
-    """Find the rows in files, each file read once. Raises InputError at file:line."""
-    files = find_files(patterns)
-    file_indices = []
-    offsets = []
-    image_ids = []
-    digest = hashlib.sha256()
-    for file_index, path in enumerate(files):
-        rows = progress(read_jsonl(path, parse_row), f"reading {path}", delay=3, leave=False)
-        for offset, row in rows:
-            file_indices.append(file_index)
-            offsets.append(offset)
-            image_ids.append(row["image_id"])
-            texts = [row["image_id"], row["caption"], row["paraphrase_1"], row["paraphrase_2"]]
-            digest.update("\0".join([*texts, ""]).encode())
-    distinct_ids = sorted(set(image_ids))
-    index_of = {image_id: index for index, image_id in enumerate(distinct_ids)}
-    image_indices = [index_of[image_id] for image_id in image_ids]
-    places = np.array([file_indices, offsets, image_indices], np.int64).T
-    return Rows(files, places, distinct_ids, digest.hexdigest())
+    """[image_id, T, T', T''] of each row in files of generate.py. Raises InputError."""
+    rows = []
+    for path in find_files(patterns):
+        rows += progress(read_jsonl(path, parse_row), f"reading {path}", delay=3, leave=False)
+    return rows
 
 
 def parse_row(line):
-    """A row of generate.py from a line of JSON. Raises ValueError."""
+    """[image_id, T, T', T''] of a line of JSON. Raises ValueError."""
     row = json.loads(line)
-    if type(row["image_id"]) is int:
-        row["image_id"] = str(row["image_id"])
-    for key in ("image_id", "caption", "paraphrase_1", "paraphrase_2"):
-        text = row.get(key)
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'"{key}" is missing, blank or no text')
-        row[key] = text.encode("utf-8", "replace").decode()  # half an emoji becomes "?"
-    folders = row["image_id"].split("/")
-    if folders[0] == "" or ".." in folders or "\\" in row["image_id"] or "\0" in row["image_id"]:
-        raise ValueError(f"image_id {row['image_id']!r} must be a path below the folder of images, "
-                         "with / between folders")
-    return row
+    values = [row.get(key) for key in ("image_id", *TEXT_KEYS.values())]
+    if not all(isinstance(value, str) and value.strip() for value in values):
+        raise ValueError(f"image_id, {', '.join(TEXT_KEYS.values())}: one is missing or blank")
+    if values[0].startswith("/") or ".." in values[0].split("/"):
+        raise ValueError(f"the image_id {values[0]} must be a path below the folder of images")
+    return [value.encode("utf-8", "replace").decode() for value in values]  # half an emoji is "?"
 
 
-class Examples(torch.utils.data.Dataset):
-    """What a step needs of the rows. kinds: the texts that the loss names, of T, T1 and T2.
+def cache_tokens(rows, checksum, model, args):
+    """The tokens [rows, 3, 77] of T, T' and T''."""
 
-    image_features: the slices of cache_image_features(), or None if the loss names no I.
+    def tokenize(rows):
+        texts = [text for row in rows for text in row[1:]]
+        return model.tokenizer(texts).unflatten(0, (-1, 3)).int()
+
+    first = tokenize(rows[:1])
+    # A tokenizer is known by its configuration, and by what it makes of the first row.
+    name = "tokens-" + sha256([checksum, model.config["text_cfg"], first.tolist()])
+    dtype = np.uint16 if model.clip.vocab_size <= 2**16 else np.int32
+    return cached(name, rows, first.shape[1:], dtype, tokenize, args)
+
+
+def cache_image_features(ids, model, args):
+    """The features [images, D] of the images. Raises InputError if too many can't be read."""
+    root = args.images.resolve()
+    name = "features-" + sha256([model.image_tower, str(root), ids])
+    load = functools.partial(load_pixels, model, functools.partial(open_image, root))
+    encode = functools.partial(encode_pixels, model)
+    # The error of TF32, 2e-7, is as small as that of fp16, in which the features are kept.
+    torch.set_float32_matmul_precision("high")
+    features = cached(name, ids, [model.config["embed_dim"]], np.float16, load, args, encode)
+    torch.set_float32_matmul_precision("highest")
+    bad = [ids[index] for index in np.flatnonzero(np.isnan(features[:, 0]))]
+    message = (f"--images {root}: {len(bad):,} of {len(ids):,} can't be read, {bad[:5]}; to try "
+               f"them again, delete {args.cache / name}.npy")
+    if len(bad) > args.max_bad_images * len(ids):
+        raise InputError(f"{message}, or leave their rows out with a higher --max-bad-images")
+    if bad and dist.get_rank() == 0:
+        print(message)
+    return features
+
+
+BLOCK = 64  # items that are computed together, and kept as soon as they are
+
+
+def cached(name, items, shape, dtype, load, args, encode=torch.as_tensor):
+    """The array [items, *shape] of encode(load(some items)), memory-mapped in a file of --cache.
+
+    name: holds a hash of all that the values depend on, so that a file that exists is right.
+    load runs in --workers processes, encode in this one. The ranks of a machine share the work. A
+    block counts as done when it is written: whenever they are killed, the same command goes on.
     """
-
-    def __init__(self, rows, kinds, tokenizer, image_features):
-        self.rows = rows
-        self.kinds = kinds
-        self.tokenizer = tokenizer
-        self.image_features = image_features
-
-    def __len__(self):
-        return len(self.rows.places)
-
-    def __getitem__(self, batch):
-        """Indices [n] -> {kind: tokens [n, 77]} and image features [n, D] or None."""
-        texts = {kind: [] for kind in self.kinds}
-        features = []
-        for file_index, offset, image_index in self.rows.places[batch]:
-            with open(self.rows.files[file_index], "rb") as file:
-                file.seek(offset)
-                row = parse_row(file.readline())
-            for kind in self.kinds:
-                texts[kind].append(row[TEXT_KEYS[kind]])
-            if self.image_features:
-                slice_index, index = divmod(image_index, len(self.image_features[0]))
-                features.append(self.image_features[slice_index][index])
-        tokens = {kind: self.tokenizer(texts[kind]) for kind in self.kinds}
-        return tokens, torch.stack(features) if features else None
+    rank, ranks = place_on_machine()
+    path = args.cache / f"{name}.npy"
+    done_path = args.cache / f"{name}.done.npy"
+    new_path = args.cache / f"{name}.new.npy"
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(items), BLOCK)]
+    if rank == 0:
+        lock = open_locked(args.cache / "lock", wait=True)
+        if not path.exists():
+            np.save(done_path, np.zeros(len(blocks), bool))
+            # Zeros are written, not left out: a disk that is too small for the array shows now.
+            np.save(new_path, np.broadcast_to(np.zeros((), dtype), (len(items), *shape)))
+            new_path.replace(path)
+    barrier()
+    array = np.load(path, mmap_mode="r+")
+    done = np.load(done_path, mmap_mode="r+")
+    todo = [i for i in range(rank, len(blocks), ranks) if not done[i]]
+    loader = load_in_workers(load, [items[blocks[i]] for i in todo], args.workers)
+    bar = progress(loader, name[:8], len(todo), unit=" items", unit_scale=BLOCK)
+    for i, loaded in zip(todo, bar):
+        array[blocks[i]] = encode(loaded)
+        done[i] = True
+    barrier()
+    if rank == 0:
+        lock.close()
+    return array
 
 
 # ------------------------------------------------------------------ images, and their features
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", ".WEBP", "")
-SLICE = 8192  # images whose features are in one file of the cache, at most
+Image.init()  # Pillow registers most of its formats only now
+
+
+def image_name(path):
+    """What an image file is called: its path without the ending. "" if it is no image.
+
+    Every ending that Pillow opens counts, in either case. macOS's ._x.jpg does not.
+    """
+    name, ending = os.path.splitext(path)
+    can_be_read = Image.registered_extensions().get(ending.lower()) in Image.OPEN
+    return name if can_be_read and "/._" not in f"/{path}" else ""
+
+
+@functools.lru_cache(maxsize=16)
+def images_in(folder):
+    """{name: what opens it} of the images in a folder, or in the tar shard of the same name.
+
+    Names are with and without the ending. If two files have one name, nothing opens it.
+    """
+    found = {}
+    if os.path.isfile(f"{folder}.tar"):
+        tar = tarfile.open(f"{folder}.tar", "r:")  # noqa: SIM115, it stays open
+        with contextlib.suppress(tarfile.ReadError):  # of a shard that is cut off, what is there
+            for member in tar:
+                found[member.name.removeprefix("./")] = functools.partial(tar.extractfile, member)
+    if folder.is_dir():
+        for file in folder.iterdir():
+            found[file.name] = functools.partial(open, file, "rb")
+    for file in sorted(found):
+        name = image_name(file)
+        found[name] = None if name in found else found[file]
+    return found
 
 
 def open_image(root, image_id):
-    """The PIL image of a row: a member of an img2dataset shard, or a file below `root`.
+    """The PIL image of a row. Raises ValueError or OSError.
 
-    Both are the id and one of EXTENSIONS; of "00000/000000012.jpg" the shard is 00000.tar.
+    Of "00000/000000012" it is the file 00000/000000012.jpg below `root`, or 000000012.jpg in the
+    shard 00000.tar.
     """
-    folders = image_id.split("/")
-    for depth in range(1, len(folders)):
-        shard = os.path.join(root, *folders[:depth]) + ".tar"
-        if os.path.isfile(shard):
-            tar, members = open_shard(shard)
-            for extension in EXTENSIONS:
-                member = members.get("/".join(folders[depth:]) + extension)
-                if member:
-                    return Image.open(tar.extractfile(member))
-    for extension in EXTENSIONS:
-        path = os.path.join(root, image_id + extension)
-        if os.path.isfile(path):
-            return Image.open(path)
-    raise FileNotFoundError(f"there is no {os.path.join(root, image_id)} with .jpg, .jpeg, .png "
-                            "or .webp, and no .tar shard that holds it")
+    path = root / image_id
+    opener = images_in(path.parent).get(path.name)
+    if opener is None:
+        raise FileNotFoundError(f"there is no {path}.* (nor in {path.parent}.tar), or two")
+    return read_image(opener())
 
 
-@functools.lru_cache(maxsize=2)
-def open_shard(path):
-    """A tar file and its members, {name: member}. Raises InputError if it is damaged."""
-    tar = tarfile.open(path, "r:")  # noqa: SIM115, it stays open
-    members = {}
-    member = tar.next()
-    while member is not None:
-        if member.isfile():
-            members[member.name.removeprefix("./")] = member
-        member = tar.next()
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(512) != bytes(512):  # tarfile takes damage for the end
-        raise InputError(f"{path} is damaged or cut off at byte {tar.offset:,}; get it again")
-    return tar, members
+def read_image(file):
+    """The PIL image in a file. Raises ValueError for one that CLIP would see as another."""
+    image = Image.open(file)
+    if max(image.size) > 50 * min(image.size):
+        raise ValueError("one side is more than 50 times as long as the other")
+    if image.mode[0] in "IF":
+        raise ValueError("it has more than 8 bits a channel, which RGB would cut off")
+    return image
+
+
+def load_pixels(model, open_item, items):
+    """The pixels uint8 [readable, 3, H, W] of the images that can be read, and which these are.
+
+    open_item(item) returns a PIL image, or raises an error of any kind.
+    """
+    pixels = []
+    readable = []
+    for item in items:
+        try:
+            pixels.append(model.preprocess(open_item(item)))
+            readable.append(True)
+        except Exception:  # noqa: BLE001, Pillow raises all kinds
+            readable.append(False)
+    return torch.stack(pixels) if pixels else None, torch.tensor(readable)
 
 
 @torch.no_grad()
-def encode_images(model, items, open_item, workers):
-    """For each item yield (its image's feature [D], L2-normalised, "").
+def encode_pixels(model, loaded):
+    """What load_pixels() gave of n images -> features [n, D], L2-normalised; nan: unreadable."""
+    pixels, readable = loaded
+    features = torch.full((len(readable), model.config["embed_dim"]), math.nan)
+    if pixels is not None:
+        pixels = pixels.to(model.clip.logit_scale, non_blocking=True) / 255
+        # 16 at a time on a CPU, or large images' activations go out of its caches.
+        parts = model.normalize(pixels).split(BLOCK if pixels.is_cuda else 16)
+        encoded = torch.cat([model.clip.encode_image(part, normalize=True) for part in parts])
+        features[readable] = encoded.float().cpu()
+    return features
 
-    If the image can't be read, the feature is nan and the text says why. open_item(item) returns
-    a PIL image; it runs in `workers` processes.
-    """
-    clip = model.clip
 
-    def load(item):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, on odd images that it can read
-                return model.preprocess(open_item(item)), ""
-        except Exception as error:  # noqa: BLE001, Pillow raises all kinds
-            blank = model.preprocess(Image.new("RGB", (8, 8)))
-            return torch.full_like(blank, math.nan), one_line(error)
-
-    def load_batch(batch):
-        return default_collate([load(item) for item in batch])
-
-    cuda = clip.logit_scale.is_cuda
-    batch_size = 64 if cuda else 16
-    loader = load_in_workers(
-        items, workers, batch_size=batch_size, collate_fn=load_batch, pin_memory=cuda
+def load_in_workers(load, keys, workers):
+    """Yield load(key) for each of `keys`, made ahead in `workers` processes, pinned for a GPU."""
+    return DataLoader(
+        keys,
+        batch_size=None,
+        collate_fn=load,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(),
     )
-    for pixels, problems in loader:
-        pixels = pixels.to(clip.logit_scale, non_blocking=True)
-        features = clip.encode_image(pixels, normalize=True)
-        yield from zip(features.float().cpu(), problems)
-
-
-def cache_image_features(model, image_ids, args):
-    """The features of `image_ids`, each computed once for all runs that share args.features.
-
-    Returns the slices, memory-mapped features [n, D] in fp16, n the same for all but the last;
-    and {image_id: reason} of the images that can't be read. Each rank encodes its share of the
-    slices that are missing.
-    """
-    slices = name_slices(model, image_ids, args)
-    missing = [name for name in slices if not os.path.exists(os.path.join(args.features, name))]
-    missing = from_rank_0(missing)
-    my_slices = missing[dist.get_rank() :: dist.get_world_size()]
-    my_ids = [image_id for name in my_slices for image_id in slices[name]]
-    open_item = functools.partial(open_image, args.images)
-    encoded = encode_images(model, my_ids, open_item, args.workers)
-    encoded = iter(progress(encoded, "image features", len(my_ids), unit="image"))
-    with contextlib.closing(encoded):
-        for turn in range(math.ceil(len(missing) / dist.get_world_size())):
-            with together():
-                if turn < len(my_slices):
-                    name = my_slices[turn]
-                    encode_slice(name, slices[name], encoded, args)
-        next(encoded, None)  # Nothing is left, but asking for it has the bar count the last image.
-    with together():
-        return load_slices(slices, args.features)
-
-
-def name_slices(model, image_ids, args):
-    """{name of a file of the cache: the image ids whose features it holds}.
-
-    The name is a hash of all that the features depend on, so a file that exists is right.
-    The slices are nearly equal in size, since --max-bad-images holds for each of them.
-    """
-    size = math.ceil(len(image_ids) / math.ceil(len(image_ids) / SLICE))
-    parts = [image_ids[start : start + size] for start in range(0, len(image_ids), size)]
-    root = os.path.realpath(args.images)
-    names = []
-    for ids in parts:
-        content = json.dumps([model.image_tower, root, ids])
-        names.append(hashlib.sha256(content.encode()).hexdigest() + ".safetensors")
-    names = from_rank_0(names)  # another machine may have the images under another path
-    return dict(zip(names, parts))
-
-
-def encode_slice(name, image_ids, encoded, args):
-    """Write the next features of `encoded`, those of `image_ids`, to the file `name`."""
-    features = []
-    unreadable = {}
-    for image_id, (feature, problem) in zip(image_ids, encoded):
-        features.append(feature.half())
-        if problem:
-            unreadable[image_id] = problem
-        if len(unreadable) > args.max_bad_images * len(image_ids):
-            image_id, problem = next(iter(unreadable.items()))
-            raise InputError(
-                f"--images {args.images}: {len(unreadable)} of the first {len(features)} images "
-                f"can't be read, more than --max-bad-images {args.max_bad_images:g} lets pass; the "
-                f"first is {image_id}: {problem}"
-            )
-    content = safetensors.torch.save({"features": torch.stack(features)}, unreadable)
-    atomic_write(os.path.join(args.features, name), content)
-
-
-def load_slices(names, folder):
-    """The memory-mapped features [n, D] in each file, and {image_id: why it can't be read}."""
-    features = []
-    unreadable = {}
-    for name in names:
-        path = os.path.join(folder, name)
-        if not os.path.exists(path):
-            raise InputError(f"{path} is not there: all ranks must share one --features folder")
-        with reading(path), safetensors.safe_open(path, "pt") as file:
-            features.append(file.get_tensor("features"))
-            unreadable.update(file.metadata() or {})
-    return features, unreadable
 
 
 # ------------------------------------------------------------------ models
@@ -596,51 +647,49 @@ BASELINES = {  # section 3.1: the open_clip model and its weights, all ViT-B/32
 class Model:
     """An open_clip model in fp32, and what belongs to it."""
 
-    open_clip_name: str  # of the architecture, or local-dir:PATH
-    pretrained: str  # a tag, a file, "random", or None for a local-dir
+    open_clip_name: str  # of the architecture, or local-dir:PATH, or hf-hub:NAME
+    pretrained: str  # a tag, a file, "random", or None for a local-dir or hf-hub
     clip: torch.nn.Module  # in eval mode, its image tower frozen
-    preprocess: object  # PIL image -> pixels [3, H, W]
-    tokenizer: object  # texts -> tokens [n, 77]
+    preprocess: object  # PIL image -> uint8 [3, H, W]
+    normalize: object  # [n, 3, H, W] from 0 to 1 -> what the image tower takes
+    tokenizer: object  # n texts -> tokens [n, 77]
     config: dict  # open_clip's
-    image_tower: str  # fingerprint of all that image features depend on
-    fingerprint: str  # of the whole model
+    image_tower: str  # hash of all that image features depend on
+    fingerprint: str  # hash of the whole model
 
 
 def find_model(name):
     """The (open_clip name, pretrained) of a model's name, see Model. Raises InputError."""
     if name in BASELINES:
-        open_clip_name, pretrained = BASELINES[name]
-    else:
-        folder = name.removeprefix("local-dir:")
-        if os.path.isfile(os.path.join(folder, "open_clip_model.safetensors")):
-            return f"local-dir:{folder}", None
-        open_clip_name, _, pretrained = name.partition(":")
+        return BASELINES[name]
+    if name.startswith("hf-hub:"):
+        return name, None
+    folder = name.removeprefix("local-dir:")
+    if Path(folder, "open_clip_config.json").exists():
+        return f"local-dir:{folder}", None
+    open_clip_name, _, pretrained = name.partition(":")
     if open_clip_name not in open_clip.list_models():
-        raise InputError(
-            f"model {name}: it is none of {', '.join(BASELINES)} (a file in this folder, from "
-            "github.com/LijieFan/LaCLIP), no folder with open_clip_model.safetensors in it, and no "
-            "MODEL:TAG or MODEL:FILE with a model of open_clip, such as ViT-B-32"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(open_clip_name)
-    if pretrained not in ("random", *tags) and not os.path.isfile(pretrained):
-        raise InputError(f"model {name}: name the weights of {open_clip_name} too, as "
-                         f"{open_clip_name}:WEIGHTS with one of {', '.join(['FILE', *tags])}")
+        raise InputError(f"model {name}: it is none of {', '.join(BASELINES)}, no folder with "
+                         "open_clip_config.json in it, and no MODEL:TAG or MODEL:FILE with a "
+                         "model of open_clip, such as ViT-B-32")
     return open_clip_name, pretrained
 
 
 def load_model(name, device="cpu"):
-    """The Model of a name, see --model. Raises InputError. Changes nothing else in the process."""
+    """The Model of a name, see --model. Raises InputError. Seeds torch's random numbers."""
     open_clip_name, pretrained = find_model(name)
-    weights = None if pretrained == "random" else pretrained
-    preprocessing = {}
-    if name not in BASELINES and weights and os.path.isfile(weights):
-        preprocessing = agreed_preprocessing(open_clip_name)
-    with reading(f"model {name}"), without_a_trace():
-        if name in BASELINES:  # their activations are as the paper's, see above
-            warnings.filterwarnings("ignore", "QuickGELU mismatch")
-        clip, _, preprocess = open_clip.create_model_and_transforms(
-            open_clip_name, weights, **preprocessing
-        )
+    torch.manual_seed(0)  # for MODEL:random
+    with reading(f"model {name} (without a network, give a file: {open_clip_name}:FILE)"):
+        with warnings.catch_warnings():
+            if name in BASELINES:  # their activations are as the paper's, see above
+                warnings.filterwarnings("ignore", "QuickGELU mismatch")
+            if pretrained == "random":
+                clip = open_clip.create_model(open_clip_name)
+            elif os.path.isfile(pretrained or ""):
+                clip = open_clip.create_model(open_clip_name, pretrained_text=False)
+                clip.load_state_dict(read_weights(pretrained))
+            else:
+                clip = open_clip.create_model(open_clip_name, pretrained, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(open_clip_name)
     two_towers = isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP))
     if not two_towers or clip.logit_bias is not None:
@@ -649,14 +698,17 @@ def load_model(name, device="cpu"):
     clip.visual.requires_grad_(False)
     clip.to(device).eval()  # eval: no dropout, so that a step is exact
 
+    preprocess_cfg = clip.visual.preprocess_cfg
+    transforms = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False).transforms
     config = open_clip.get_model_config(open_clip_name)
-    whole_config = {**config, "preprocess_cfg": clip.visual.preprocess_cfg}
+    whole_config = {**config, "preprocess_cfg": preprocess_cfg}
     image_config = {**whole_config, "text_cfg": None}
     return Model(
         open_clip_name=open_clip_name,
         pretrained=pretrained,
         clip=clip,
-        preprocess=preprocess,
+        preprocess=Compose([*transforms[:-2], PILToTensor()]),
+        normalize=transforms[-1],
         tokenizer=tokenizer,
         config=config,
         image_tower=fingerprint(clip.visual, image_config),
@@ -664,58 +716,58 @@ def load_model(name, device="cpu"):
     )
 
 
-def agreed_preprocessing(open_clip_name):
-    """How the images for a checkpoint file are prepared, as arguments for open_clip.
-
-    It is how all tags of the architecture have it. If they differ, or if there are none, it is
-    open_clip's default, and a line on stderr says so.
-    """
-    settings = []
-    for tag in open_clip.list_pretrained_tags_by_model(open_clip_name):
-        cfg = open_clip.get_pretrained_cfg(open_clip_name, tag)
-        keys = ("mean", "std", "interpolation", "resize_mode")
-        settings.append({f"image_{key}": cfg.get(key) for key in keys})
-    if settings and all(setting == settings[0] for setting in settings):
-        return settings[0]
-    print(f"{open_clip_name}: open_clip's tags don't say how to prepare images for a file of "
-          "weights; its default is taken", file=sys.stderr)
-    return {}
+# What a checkpoint may hold beside tensors: LaCLIP's arguments, a score as a number of numpy's.
+SCALAR = np.float64(0).__reduce__()[0]
+SAFE_GLOBALS = [
+    argparse.Namespace,
+    (SCALAR, "numpy.core.multiarray.scalar"),
+    (SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"]},
+]
+# What old files have among their weights: OpenAI's archives, and open_clip's with a RoBERTa.
+NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size",
+              "text.transformer.embeddings.position_ids"}
 
 
-@contextlib.contextmanager
-def without_a_trace():
-    """Around open_clip's loading: it logs failures that it also raises, and draws weights.
-
-    Logging, the random state and the filters of warnings are afterwards as before. LaCLIP's
-    file holds an argparse.Namespace: no other class is allowed beside torch's own.
-    """
-    disabled = logging.root.manager.disable
-    handler = logging.NullHandler()  # without one, the first message would install another
-    logging.root.addHandler(handler)
-    logging.disable(logging.ERROR)
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(),
-            torch.serialization.safe_globals([argparse.Namespace]),
-        ):
-            torch.default_generator.manual_seed(0)
-            yield
-    finally:
-        logging.disable(disabled)
-        logging.root.removeHandler(handler)
+def read_weights(path):
+    """{name: tensor} in a file: safetensors, a checkpoint of torch's, or a TorchScript archive."""
+    if path.endswith(".safetensors"):
+        content = safetensors.torch.load_file(path)
+    else:
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; OpenAI's files are in it
+        try:
+            with torch.serialization.safe_globals(SAFE_GLOBALS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except RuntimeError:
+            content = torch.jit.load(path, map_location="cpu").state_dict()
+    for wrapper in ("state_dict", "model"):
+        content = content.get(wrapper, content)
+    weights = {}
+    for name, tensor in content.items():
+        name = re.sub(r"^((module|_orig_mod|model)\.)+", "", name)  # of DDP, torch.compile, ...
+        if name not in NO_WEIGHTS:
+            weights[name] = tensor
+    return weights
 
 
 def fingerprint(module, config):
     """SHA-256 of a module's weights and buffers, and of the configuration that uses them."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    weights = (tensor.cpu().numpy().tobytes() for tensor in module.state_dict().values())
+    return sha256(itertools.chain([config], weights))
 
 
 # ------------------------------------------------------------------ ranks
+
+
+def place_on_machine():
+    """This rank among those of its machine, and their number.
+
+    Without RANK, what torchrun sets beside it is left over from another job and not looked at.
+    """
+    if "RANK" not in os.environ:
+        return 0, 1
+    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def cores():
@@ -723,198 +775,113 @@ def cores():
     count = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         count = len(os.sched_getaffinity(0))
-    if "RANK" in os.environ:
-        count = count // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, count)
+    return max(1, count // place_on_machine()[1])
 
 
 def set_up_ranks():
-    """Join torchrun's process group, or make one of this process alone. Returns the device.
-
-    Without RANK, what torchrun sets beside it is left over from another job and not looked at.
-    """
-    rank = 0
-    world = 1
-    store = dist.HashStore()
-    local_rank = "0"
-    if "RANK" in os.environ:
-        try:
-            store, rank, world = next(dist.rendezvous("env://"))
-        except ValueError as error:
-            raise InputError(f"RANK is in the environment, but {error}; start with torchrun, "
-                             "or unset RANK for a single process") from None
-        local_rank = os.environ.get("LOCAL_RANK", "0")
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # After a restart the store still holds what the ranks wrote that have ended. This is
-            # for one machine only: on several machines the counts of restarts differ.
-            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(restarts, store)
-
+    """Join torchrun's process group, or make one of this process alone. Returns the device."""
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if int(local_rank) >= gpus:
-            raise InputError(f"rank {rank} has no GPU, this machine has {gpus}; start torchrun "
-                             f"with --nproc_per_node {gpus}")
-        device = torch.device(f"cuda:{local_rank}")
-        backend = "cpu:gloo,cuda:nccl"  # gloo for objects: it notices at once that a rank ended
+        # A scheduler may show each rank its own GPU only: then all are the first one.
+        device = torch.device("cuda", place_on_machine()[0] % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         # With a mask it may give NaN gradients on an H100: pytorch issue 196678.
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions would keep 10 bits of 23
-    longest_wait = datetime.timedelta(hours=2)  # a rank may have a slice of images to encode
-    dist.init_process_group(
-        backend, timeout=longest_wait, store=store, rank=rank, world_size=world
-    )
+    group = {"timeout": datetime.timedelta(hours=2)}  # others may have to encode images
+    if "RANK" not in os.environ:
+        group.update(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, **group)
     return device
 
 
-def gather_objects(value):
-    """[the value on rank 0, the value on rank 1, ...] on every rank."""
-    values = [None] * dist.get_world_size()
-    try:
-        dist.all_gather_object(values, value)
-    except RuntimeError as error:
-        raise InputError(f"another rank has ended: see its message; {one_line(error)}") from None
-    return values
-
-
-def from_rank_0(value):
-    """Rank 0's value, on every rank."""
-    return gather_objects(value)[0]
-
-
-@contextlib.contextmanager
-def together():
-    """Around work that each rank does alone: if one rank fails, all end with its message.
-
-    It is used up to the first step. In train() it is torchrun that ends the other ranks.
-    """
-    local_problem = ""
-    try:
-        yield
-    except (InputError, OSError) as error:
-        local_problem = one_line(error)
-    for problem in gather_objects(local_problem):
-        if problem:
-            raise InputError(problem)
+def barrier():
+    """Wait for all ranks, on their CPUs."""
+    dist.all_reduce(torch.zeros(1))
 
 
 # ------------------------------------------------------------------ the run directory
 
 
-def save_state(encoder, optimizer, next_step, output):
-    """Replace OUTPUT/state.pt by the state before `next_step`, as plain types."""
-    weights = {}
-    for name, parameter in encoder.named_parameters():
-        if parameter.requires_grad:
-            weights[name] = parameter.detach()
-    state = {
-        "step": next_step,
-        "weights": weights,
-        "optimizer": optimizer.state_dict(),
-    }
-    content = io.BytesIO()
-    torch.save(state, content)
-    atomic_write(os.path.join(output, "state.pt"), content.getbuffer())
+def open_locked(path, wait=False):
+    """Open a file to append to, for this process alone.
 
-
-def read_state(output):
-    """The state in OUTPUT/state.pt, or one whose step is 0."""
-    path = os.path.join(output, "state.pt")
-    if not os.path.exists(path):
-        return {"step": 0}
-    with reading(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in ("step", "weights", "optimizer")}
-
-
-def load_state(encoder, optimizer, state, output):
-    """Go on from a state of read_state(): the log is cut to the steps before it."""
-    if state["step"]:
-        encoder.load_state_dict(state["weights"], strict=False)  # the frozen tower is not in it
-        optimizer.load_state_dict(state["optimizer"])
-    path = os.path.join(output, "log.jsonl")
-    if dist.get_rank() == 0 and os.path.exists(path):
-        with open(path, "r+b") as log:
-            log.truncate(sum(len(line) for line in itertools.islice(log, state["step"])))
-
-
-def make_record(args, rows, model):
-    """What config.json keeps of a run. Equal "settings" mean equal weights at the end."""
-    settings = {}
-    for flag in ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed"):
-        settings[f"--{flag.replace('_', '-')}"] = getattr(args, flag)
-    settings["checksum of --rows"] = rows.checksum
-    settings["fingerprint of --model"] = model.fingerprint
-    return {
-        "flags": vars(args),
-        "settings": settings,
-        "rows": {"count": len(rows.places), "sha256": rows.checksum},
-        "base_model": {
-            "open_clip": model.open_clip_name,
-            "pretrained": model.pretrained,
-            "fingerprint": model.fingerprint,
-        },
-        "versions": {package.__name__: package.__version__ for package in (torch, open_clip, np)},
-        "git_commit": git_commit(),
-    }
-
-
-def git_commit():
-    """The commit of the folder that this file is in, or None."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        git = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
-    except OSError:  # there is no git
-        return None
-    return git.stdout.strip() or None
-
-
-def check_resumed_run(record, output):
-    """If OUTPUT holds a run that has a state, require that its settings are those of `record`.
-
-    Its list of unreadable images is taken over, since its batches depend on it.
+    If another process has it: wait for its end, or raise InputError.
     """
-    if os.path.exists(os.path.join(output, "state.pt")):
-        path = os.path.join(output, "config.json")
-        with reading(path), open(path, encoding="utf-8") as file:
-            before = json.load(file)
-            settings = before["settings"]
-            record["unreadable"] = before["unreadable"]
-        differing = differences(record["settings"], settings)
-        if differing:
-            raise InputError(f"this run and the one in --output {output} differ in {differing}; "
-                             "give another --output")
-    elif os.path.exists(os.path.join(output, "open_clip_model.safetensors")):
-        raise InputError(f"--output {output}: it holds a model, and no state.pt of a run to go on "
-                         "with; give another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+b")  # noqa: SIM115, for as long as the lock is wanted
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise InputError(f"another process writes to {path}; wait for its end") from None
+        print(f"waiting for the process that has locked {path}", flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError:  # this disk has no locks
+        pass
+    return file
 
 
-def differences(settings, others):
-    """What differs between two dicts of settings, in words; "" if nothing does."""
-    differing = []
+def check_settings(settings, output):
+    """Require that this rank has the settings of the run in OUTPUT, or else of rank 0.
+
+    Raises InputError.
+    """
+    run = [settings]
+    if dist.get_rank() == 0 and (output / "state.pt").exists():
+        path = output / "config.json"
+        with reading(path):
+            run = [json.loads(path.read_bytes())["settings"]]
+    dist.broadcast_object_list(run)
     for key, value in settings.items():
-        if others[key] != value and key.startswith("--"):
-            differing.append(f"{key} ({value} and {others[key]})")
-        elif others[key] != value:  # a checksum says nothing to a reader
-            differing.append(key)
-    return ", ".join(differing)
+        before = run[0].get(key)
+        if before != value:
+            raise InputError(f"{key}: {value} here, and {before} in the run in --output {output}; "
+                             "give another --output, to all ranks alike")
+
+
+def save_state(encoder, optimizer, next_step, output):
+    """Replace OUTPUT/state.pt by the state before `next_step`, as plain types. Rank 0 does it."""
+    if dist.get_rank() > 0:
+        return
+    weights = {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}
+    state = {"step": next_step, "weights": weights, "optimizer": optimizer.state_dict()}
+    content = io.BytesIO()  # torch.save() would hide what a full disk says
+    torch.save(state, content)
+    write_file(output / "state.pt", content.getbuffer())
+
+
+def load_state(encoder, optimizer, output, log):
+    """Go on from OUTPUT/state.pt, if it is there. Returns its step.
+
+    log.jsonl, which rank 0 has open as `log`, is cut to the steps before it.
+    """
+    step = 0
+    path = output / "state.pt"
+    if path.exists():
+        with reading(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            encoder.load_state_dict(state["weights"], strict=False)  # without the frozen tower
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+    if log:
+        log.seek(0)
+        log.truncate(sum(map(len, itertools.islice(log, step))))
+    return step
 
 
 def export(model, output):
     """Write the model so that open_clip's "local-dir:OUTPUT" loads it."""
     config = {"model_cfg": model.config, "preprocess_cfg": model.clip.visual.preprocess_cfg}
-    write_json(os.path.join(output, "open_clip_config.json"), config)
+    write_json(output / "open_clip_config.json", config)
     if isinstance(model.tokenizer, open_clip.tokenizer.HFTokenizer):
         model.tokenizer.save_pretrained(output)
     weights = {}
     for name, tensor in model.clip.state_dict().items():
         weights[name] = tensor.contiguous().cpu()
-    content = safetensors.torch.save(weights)
-    atomic_write(os.path.join(output, "open_clip_model.safetensors"), content)
+    write_file(output / "open_clip_model.safetensors", safetensors.torch.save(weights))
 
 
 # ------------------------------------------------------------------ files, messages, progress
@@ -928,16 +895,18 @@ def run(main):
     """Call main() and exit: 2 with one line for what the user must mend, 130 after Ctrl-C."""
     # Otherwise Hugging Face's tokenizers warn about the processes that load data.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.disable(logging.ERROR)  # open_clip logs what it also raises
     try:
         sys.exit(main())
-    except (InputError, OSError) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 says it first, and torchrun ends the others
+        if not isinstance(error, (InputError, OSError)):
+            raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
     finally:
         # NCCL warns of a group that is left open. Of several ranks, others may still wait in it.
         if dist.is_initialized() and dist.get_world_size() == 1:
@@ -945,25 +914,19 @@ def run(main):
 
 
 def one_line(error):
-    """An exception as one line."""
-    words = " ".join(str(error).split())[:400]
-    if isinstance(error, KeyError):
-        return f"the key {words} is missing"
-    if isinstance(error, (InputError, OSError)) or type(error) is ValueError:
-        return words
-    return f"{type(error).__name__}: {words}"
+    """An exception as one line. Of a list with many lines, such as torch's, it is the beginning."""
+    lines = [line.strip()[:200] for line in f"{type(error).__name__}: {error}".splitlines()]
+    return " ".join(lines)[:1000]
 
 
-def at_least(least, kind=int):
-    """An argparse type: a number of `kind` that is `least` or more."""
-
-    def number(text):
-        value = kind(text)
-        if not least <= value < math.inf:  # nan is not
-            raise argparse.ArgumentTypeError(f"{text} must be a number, {least} or more")
-        return value
-
-    return number
+def sha256(values):
+    """A hash of values that are bytes or that JSON can hold."""
+    digest = hashlib.sha256()
+    for value in values:
+        if not isinstance(value, bytes):
+            value = json.dumps(value, sort_keys=True).encode()
+        digest.update(value)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -971,79 +934,50 @@ def reading(place):
     """Turn any error while a file is read into one InputError that names `place`."""
     try:
         yield
-    except (InputError, FileNotFoundError):
-        raise
     except Exception as error:  # noqa: BLE001, readers raise all kinds
         raise InputError(f"{place}: can't be read: {one_line(error)}") from None
 
 
 def read_jsonl(path, parse):
-    """Yield (byte offset, parse(line)) of each line that isn't blank. Raises InputError."""
-    offset = 0
+    """Yield parse(line) of each line that isn't blank. Raises InputError."""
     number = 0
     with open(path, "rb") as file:
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield offset, parse(line)
-                offset += len(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: it is no JSON, as generate.py's rows are ({error})"
-                             ) from None
+                    yield parse(line)
         except Exception as error:  # noqa: BLE001, parsers raise all kinds
             raise InputError(f"{path}:{number}: {one_line(error)}") from None
 
 
 def find_files(patterns):
-    """The files that paths and globs name, each once."""
-    found = {}
+    """The files that paths and globs name, each once. Raises InputError."""
+    files = []
     for pattern in patterns:
-        paths = [pattern]
-        if not os.path.exists(pattern):
-            paths = sorted(glob.glob(pattern, recursive=True))
-        if not paths:
+        found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
             raise InputError(f"{pattern}: there is no such file")
-        for path in paths:
-            found.setdefault(os.path.realpath(path), path)
-    return list(found.values())
+        files += map(os.path.realpath, found)
+    return dict.fromkeys(files)
 
 
-def atomic_write(path, content):
-    """Replace the file `path` by `content` (bytes), or leave it as it is. Makes its folder."""
-    path = os.path.abspath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = f"{path}.{uuid.uuid4().hex}.part"
+def write_file(path, content):
+    """Replace a file by `content`, bytes; if it can't be written, the old one stays."""
+    part = Path(f"{path}.part")
     try:
-        with open(part, "wb") as file:
+        with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise InputError(f"{path}: can't be written: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
 
 
 def write_json(path, content):
-    """Replace the file `path` by `content` as JSON."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-    atomic_write(path, text.encode())
-
-
-def load_in_workers(dataset, workers, **options):
-    """Yield the batches of a DataLoader with `workers` processes."""
-    context = "fork" if workers else None
-    loader = DataLoader(dataset, num_workers=workers, multiprocessing_context=context, **options)
-    try:
-        yield from loader
-    except RuntimeError as error:
-        has_died = "DataLoader worker (pid" in str(error)
-        if not has_died and "shared memory" not in str(error):
-            raise  # it is an error of the data
-        raise InputError("a process of --workers has died or found no shared memory; give /dev/shm "
-                         "more room (docker run --ipc=host), or use --workers 0") from None
+    """Replace a file by `content` as JSON."""
+    write_file(path, json.dumps(content, indent=1, allow_nan=False, default=str).encode())
 
 
 def progress(items, what, total=None, **options):
@@ -1056,102 +990,63 @@ def progress(items, what, total=None, **options):
 # ------------------------------------------------------------------ main
 
 
-def prepare(args, device):
-    """Check and load what a run needs, the cheap things first: rows, model, state and record."""
-    world = dist.get_world_size()
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} can't be divided among {world} ranks")
+def check_flags(args):
+    """Raise InputError for what can be seen before the model is loaded."""
     find_model(args.model)
-    if "I" in kinds_of(args.loss):
-        if args.images is None:
-            raise InputError("--images is needed: a term of --loss has I")
-        if not os.path.isdir(args.images):
-            raise InputError(f"--images {args.images}: there is no such folder")
-    rows = read_rows(args.rows)
-    require_a_batch(rows, args)
-    model = load_model(args.model, device)
-    record = make_record(args, rows, model)
-    check_resumed_run(record, args.output)
-    return rows, model, read_state(args.output), record
-
-
-def require_a_batch(rows, args):
-    """Raise InputError if the rows are too few for one step."""
-    if len(rows.places) < args.batch_size:
-        raise InputError(f"--rows: {len(rows.places)} rows to train on are fewer than "
-                         f"--batch-size {args.batch_size}; give a smaller one")
-
-
-def leave_out_unreadable(rows, unreadable):
-    """Keep the rows whose images can be read."""
-    bad = [index for index, image_id in enumerate(rows.image_ids) if image_id in unreadable]
-    rows.places = rows.places[~np.isin(rows.places[:, 2], bad)]
-
-
-def print_header(args, model, rows, record, first_step, steps):
-    """Say what is trained on what, before the first step."""
-    parameters = list(model.clip.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in parameters) - trained
-    unreadable = record["unreadable"]
+    find_files(args.rows)
     ranks = dist.get_world_size()
-    share = args.batch_size // ranks
-    print(f"model   {args.model}: {trained:,} parameters trained, {frozen:,} frozen, "
-          f"{args.precision}")
-    print(f"pixels  {model.clip.visual.preprocess_cfg}")
-    print(f"loss    {' + '.join(args.loss)}; AdamW, lr {args.lr:g}, weight decay "
-          f"{args.weight_decay:g}")
-    print(f"rows    {len(rows.places):,} of {record['rows']['count']:,}, "
-          f"{len(rows.image_ids):,} images")
-    if unreadable:
-        print(f"images  {len(unreadable):,} can't be read (delete {args.features} to try them "
-              f"again): {', '.join(sorted(unreadable)[:5])}")
-    print(f"steps   {first_step:,} to {steps:,}, {args.epochs} epoch(s), each step "
-          f"{args.batch_size:,} = {ranks} x {share:,} rows", flush=True)
+    if args.batch_size < 1 or args.batch_size % ranks:
+        raise InputError(f"--batch-size {args.batch_size} can't be divided among {ranks} ranks")
+    if "I" in kinds_of(args.loss) and not (args.images and args.images.is_dir()):
+        raise InputError(f"--images {args.images}: there is no such folder; a term of --loss has I")
+    has_model = (args.output / "open_clip_config.json").exists()
+    if has_model and not (args.output / "state.pt").exists():
+        raise InputError(f"--output {args.output}: it holds a model, and no run to go on with; "
+                         "give another --output")
 
 
 def main():
     args = parse_args()
     device = set_up_ranks()
-    with together():
-        rows, model, state, record = prepare(args, device)
-    settings = {**record["settings"], "step in --output": state["step"]}
-    settings_of_rank_0 = from_rank_0(settings)
-    with together():
-        differing = differences(settings, settings_of_rank_0)
-        if differing:
-            raise InputError(f"rank {dist.get_rank()} and rank 0 differ in {differing}")
+    check_flags(args)
+    model = load_model(args.model, device)
+    is_rank_0 = dist.get_rank() == 0
+    log = open_locked(args.output / "log.jsonl") if is_rank_0 else None
+    data = Data(model, args)
+    settings = {
+        "--rows": data.checksum,
+        "--images": sha256(data.rows.tolist()),  # those that can be read
+        "--model": model.fingerprint,
+    }
+    for flag in ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed"):
+        settings[f"--{flag.replace('_', '-')}"] = getattr(args, flag)
+    check_settings(settings, args.output)
 
-    kinds = kinds_of(args.loss)
-    image_features = None
-    unreadable = {}
-    if "I" in kinds:
-        kinds.remove("I")
-        image_features, unreadable = cache_image_features(model, rows.image_ids, args)
-    if "unreadable" not in record:  # a resumed run keeps what it has left out from the start
-        record["unreadable"] = from_rank_0(unreadable)
-    lost = unreadable.keys() - record["unreadable"].keys()
-    if lost:
-        raise InputError(f"--images: {len(lost)} images can't be read any more that the run in "
-                         f"{args.output} began with, the first is {min(lost)}")
-    leave_out_unreadable(rows, record["unreadable"])
-    require_a_batch(rows, args)
-    steps = args.epochs * (len(rows.places) // args.batch_size)
-
-    examples = Examples(rows, kinds, model.tokenizer, image_features)
     encoder = TextEncoder(model.clip, args.micro_batch, args.precision == "bf16")
     optimizer = make_optimizer(encoder, args.lr, args.weight_decay)
-    with together():
-        load_state(encoder, optimizer, state, args.output)
-        if dist.get_rank() == 0:
-            write_json(os.path.join(args.output, "config.json"), record)
-            print_header(args, model, rows, record, state["step"], steps)
+    first_step = load_state(encoder, optimizer, args.output, log)
+    if is_rank_0:
+        record = {
+            "flags": vars(args),
+            "settings": settings,
+            "base_model": {
+                "open_clip": model.open_clip_name,
+                "pretrained": model.pretrained,
+                "fingerprint": model.fingerprint,
+            },
+            "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
+        }
+        write_json(args.output / "config.json", record)
+        trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+        print(f"{trained:,} parameters are trained; images: {model.clip.visual.preprocess_cfg}")
+        print(f"{len(data.rows):,} of {len(data.tokens):,} rows, steps {first_step:,} to "
+              f"{data.steps:,}", flush=True)
     try:
-        train(encoder, optimizer, examples, steps, state["step"], args)
+        train(encoder, optimizer, data, first_step, args, log)
     except torch.OutOfMemoryError as error:
-        raise InputError("the GPU's memory does not hold a step; --micro-batch 256 (or less) needs "
-                         f"less of it and gives the same gradients: {one_line(error)}") from None
-    if dist.get_rank() == 0:
+        raise InputError(f"{one_line(error)}; --micro-batch 256 (or less) needs less memory, and "
+                         "gives the same gradients") from None
+    if is_rank_0:
         export(model, args.output)
         print(f"done: {args.output} is an open_clip model, local-dir:{args.output}")
     dist.destroy_process_group()
