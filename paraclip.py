@@ -665,9 +665,9 @@ def find_model(name):
         return f"local-dir:{folder}", None
     open_clip_name, _, pretrained = name.partition(":")
     if open_clip_name not in open_clip.list_models():
-        raise InputError(f"model {name}: it is none of {', '.join(BASELINES)}, no folder with "
-                         "open_clip_config.json in it, and no MODEL:TAG or MODEL:FILE with a "
-                         "model of open_clip, such as ViT-B-32")
+        raise InputError(f"model {name}: it is none of {', '.join(BASELINES)}, no folder of a "
+                         "model (with open_clip_config.json), and no MODEL:TAG or MODEL:FILE with "
+                         "a MODEL of open_clip, such as ViT-B-32")
     return open_clip_name, pretrained
 
 
@@ -687,8 +687,7 @@ def load_model(name, device="cpu"):
             else:
                 clip = open_clip.create_model(open_clip_name, pretrained, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(open_clip_name)
-    two_towers = isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP))
-    if not two_towers or clip.logit_bias is not None:
+    if type(clip) not in (open_clip.CLIP, open_clip.CustomTextCLIP) or clip.logit_bias is not None:
         raise InputError(f"model {name}: it is no CLIP with two towers and a softmax loss")
     # The image tower is frozen. open_clip's lock_image_tower() would leave a timm tower's head.
     clip.visual.requires_grad_(False)
@@ -899,7 +898,9 @@ def run(main):
     except Exception as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 says it first, and torchrun ends the others
-        if not isinstance(error, (InputError, OSError)):
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"{one_line(error)}; a --micro-batch needs less, for the same gradients"
+        elif not isinstance(error, (InputError, OSError)):
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1037,11 +1038,7 @@ def main():
         print(f"{trained:,} parameters are trained; images: {model.clip.visual.preprocess_cfg}")
         print(f"{len(data.rows):,} of {len(data.tokens):,} rows, steps {first_step:,} to "
               f"{data.steps:,}", flush=True)
-    try:
-        train(encoder, optimizer, data, first_step, args, log)
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"{one_line(error)}; --micro-batch 256 (or less) needs less memory, and "
-                         "gives the same gradients") from None
+    train(encoder, optimizer, data, first_step, args, log)
     if is_rank_0:
         export(model, args.output)
         print(f"done: {args.output} is an open_clip model, local-dir:{args.output}")
