@@ -514,7 +514,8 @@ def cached(name, items, shape, dtype, load, args, encode=torch.as_tensor):
     done = np.load(done_path, mmap_mode="r+")
     todo = [i for i in range(rank, len(blocks), ranks) if not done[i]]
     loader = load_in_workers(load, [items[blocks[i]] for i in todo], args.workers)
-    bar = progress(loader, name[:8], len(todo), unit=" items", unit_scale=BLOCK)
+    kind = name.partition("-")[0]
+    bar = progress(loader, kind, len(todo), unit=f" {kind}", unit_scale=BLOCK)
     for loaded, i in zip(bar, todo):
         array[blocks[i]] = encode(loaded)
         done[i] = True
