@@ -541,13 +541,13 @@ def image_name(path):
 
 
 @functools.lru_cache(maxsize=16)
-def images_in(folder):
-    """{name: what opens it} of the images in a folder, or in the tar shard of the same name.
+def images_in(folder, with_shard):
+    """{name: what opens it} of the images in a folder, and in the tar shard of the same name.
 
     Names are with and without the ending. If two files have one name, nothing opens it.
     """
     found = {}
-    if os.path.isfile(f"{folder}.tar"):
+    if with_shard and os.path.isfile(f"{folder}.tar"):
         tar = tarfile.open(f"{folder}.tar", "r:")  # noqa: SIM115, it stays open
         with contextlib.suppress(tarfile.ReadError):  # of a shard that is cut off, what is there
             for member in tar:
@@ -568,7 +568,7 @@ def open_image(root, image_id):
     shard 00000.tar.
     """
     path = root / image_id
-    opener = images_in(path.parent).get(path.name)
+    opener = images_in(path.parent, with_shard="/" in image_id).get(path.name)
     if opener is None:
         raise FileNotFoundError(f"there is no {path}.* (nor in {path.parent}.tar), or two")
     return read_image(opener())

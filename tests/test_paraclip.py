@@ -819,6 +819,9 @@ def test_files_below_a_folder_and_members_of_shards(world, tmp_path):
     for image_id in ("00001/9", "in/two", "in/d", "in/none", "none/0", "00000/0.txt"):
         with pytest.raises(OSError):
             paraclip.open_image(tmp_path, image_id)
+    (tmp_path / "00000").mkdir()
+    with pytest.raises(OSError):  # a tar beside the root is outside of it
+        paraclip.open_image(tmp_path / "00000", "0")
 
 
 def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
