@@ -194,14 +194,16 @@ class TextEncoder(torch.nn.Module):
     def forward(self, tokens):
         """Tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and logit_scale.
 
-        The texts are sorted by length and cut into 16 parts, each as long as its longest text: so
+        The texts are sorted by length and cut into parts, each as long as its longest text: so
         hardly anything is computed for padding.
         """
         logit_scale = self.clip.logit_scale
         lengths, order = self.lengths(tokens).sort()
         chunk_size = self.micro_batch or len(tokens)
         parts = 4 if self.micro_batch else 16  # 4, as the texts of a micro-batch are about as long
-        size = 32 * math.ceil(chunk_size / (32 * parts))  # texts of a part; 32: see mask()
+        size = 8 * math.ceil(chunk_size / (8 * parts))  # texts of a part; 8: see mask()
+        if logit_scale.device.type == "cpu":
+            size = 8  # it does not mind many small products
         features = []
         for chunk, chunk_lengths in zip(tokens[order].split(chunk_size), lengths.split(chunk_size)):
             with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):

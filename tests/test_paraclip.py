@@ -203,7 +203,7 @@ def test_texts_that_share_a_tile_do_not_see_each_other(world, count, lengths):
     expected = F.normalize(clip.encode_text(tokens), dim=-1)
     assert (features - expected).abs().max() < 1e-12
     if count == 700:  # there are parts of more texts than one side by side
-        assert len(encoder.mask(4, 64)) == 64
+        assert len(encoder.mask(8, 64)) == 64
 
 
 def test_two_ranks_equal_the_naive_step(world, alone, tmp_path):
