@@ -113,7 +113,6 @@ OPENAI = "https://api.openai.com/v1"
 TRY_AGAIN = {0, 200, 408, 409, 424, 425, 429, 498, 499, *range(500, 600)}
 RETRIES_TO_REACH = 2  # as long as no server has ever answered
 LONGEST_LIMIT = 60  # seconds in which a rate limit may let nobody through
-LONGEST_WAIT = 24 * 60 * 60  # seconds of a Retry-After that are believed
 
 
 class InputError(Exception):
@@ -130,7 +129,8 @@ class Endpoint:
     def __init__(self, flags):
         self.flags = flags
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
-        self.url = flags.endpoint.rstrip("/") + "/chat/completions"
+        base = flags.endpoint.rstrip("/").removesuffix("/chat/completions")
+        self.url = base + "/chat/completions"
         if not re.match("https?://[^@]+$", self.url):
             raise InputError("--endpoint: must be like http://localhost:8000/v1, without a user")
         if flags.endpoint == OPENAI and not self.key:
@@ -174,7 +174,7 @@ class Endpoint:
                 raise CaptionFailed(self.trouble)
             last_try = now
             if retry_after > 0:  # all workers wait
-                self.opens_at = max(self.opens_at, now + min(retry_after, LONGEST_WAIT))
+                self.opens_at = max(self.opens_at, now + retry_after)
             else:  # only this caption waits, for a time that is drawn: "full jitter"
                 time.sleep(random.uniform(0, 2 ** min(tries, 6)))
 
@@ -284,10 +284,9 @@ def generate(flags):
     print(f"captions: {dict(count)}", flush=True)
     # What earlier runs have passed by comes last, since most of it failed: fifty old failures in
     # a row would stop this run before it came to a new caption.
-    new = captions_to_ask(flags, written, Counter())
-    old = captions_to_ask(flags, written, Counter())
-    end = count["passed by"] + count["to do"]
-    captions = itertools.islice(itertools.chain(new, old), count["passed by"], end)
+    old = itertools.islice(captions_to_ask(flags, written, Counter()), count["passed by"])
+    new = itertools.islice(captions_to_ask(flags, written, Counter()), count["passed by"], None)
+    captions = itertools.chain(new, old)
 
     todo = queue.SimpleQueue()
     ended = queue.SimpleQueue()
@@ -374,6 +373,7 @@ def key_of(row):
 # ---------------------------------------------------------------- the output file
 
 ROW_KEYS = ("image_id", "caption", "paraphrase_1", "paraphrase_2")  # the paper's x_I, T, T', T''
+ROW_START = b'{"image_id": '
 
 
 def open_output(path):
@@ -402,7 +402,7 @@ def open_output(path):
 
 def append(file, row):
     """Write a row as one line, whole or not at all. Not buffered: kill -9 loses nothing."""
-    line = line_of(row)
+    line = line_of({"image_id": row["image_id"], **row})  # begins with ROW_START
     end = file.seek(0, os.SEEK_END)
     if file.write(line) < len(line):
         file.truncate(end)
@@ -440,7 +440,7 @@ def expand(patterns):
 def read_rows(path, needed=ROW_KEYS):
     """Yield (row, the byte after it) of each line of a .jsonl, or of a .tsv with a header.
 
-    A last line that a kill has torn is passed over.
+    The start of a row that a kill has torn, at the end of the file, is passed over.
     """
     end = 0
     header = None
@@ -460,7 +460,8 @@ def read_rows(path, needed=ROW_KEYS):
                     row = {"image_id": cells["filepath"], "caption": cells["title"]}
                 check_row(row, needed)
             except Exception as error:  # noqa: BLE001 - whatever is in the file
-                if isinstance(error, ValueError) and line[:1] == b"{" and line[-1:] != b"\n":
+                begun = ROW_START.startswith(line[: len(ROW_START)]) and not line.endswith(b"\n")
+                if begun and isinstance(error, ValueError):
                     return
                 raise InputError(f"{path}:{number}: needs {' and '.join(needed)} (in a .tsv: "
                                  f"filepath and title), but {error!r}") from None
@@ -587,6 +588,7 @@ def parse_args(argv=None):
         help="wait so many seconds for an answer (default: %(default)s)")
     flags = parser.parse_args(argv)
     flags.sampling = dict(flags.sampling)
+    flags.concurrency = max(1, flags.concurrency)
     return flags
 
 
