@@ -58,10 +58,10 @@ QUOTED = re.compile(r"""["“«‘']((?:\w['’]\w|[^"“”«»‘’'])*)["”
 # The finish reasons of a whole answer; "none" where the server gives none.
 NATURAL_ENDS = ("none", "", "stop", "stop_sequence", "eos", "eos_token", "end_turn", "complete")
 EMPTY = "an empty answer"
-# What a paraphrase has only if its source has it: markup, labels and remarks, line ends and other
-# control characters, the beginning of a list, and words about the task or about who does it.
+# What a paraphrase has only if its source has it: markup, labels and remarks, control characters,
+# the beginning of a list, and words about the task or about who does it.
 MARKS = re.compile(
-    r"[<>\[\]{}()|\\*_`:;/•\ufffd\u2028\u2029\x00-\x1f\x7f-\x9f]|^(?:\d+\.|[-–—+#]+)(?= )"
+    r"[<>\[\]{}()|\\*_`:;/•\ufffd\x00-\x1f\x7f-\x9f]|^(?:\d+\.|[-–—+#]+)(?= )"
     r"|\bi\b(?!-)|\b(?:paraphras|rephras|reword|rewrit|sorry|apolog|caption|context)"
 )
 
@@ -85,6 +85,8 @@ def problem_with(answer, source, finish_reason, may_echo):
         return f"finish_reason {finish_reason}"
     if not words:
         return EMPTY
+    if len(answer.splitlines()) > 1:
+        return "more than one line"
     if marks:
         return f"{min(marks)!r}, which its source lacks"
     if len(words) > 3 * len(source_words) + 12:
@@ -109,8 +111,8 @@ def marks_of(text):
 # ---------------------------------------------------------------- one HTTP request
 
 OPENAI = "https://api.openai.com/v1"
-# The statuses of a request that may get an answer later; 0: no answer, 200: no chat completion.
-TRY_AGAIN = {0, 200, 408, 409, 424, 425, 429, 498, 499, *range(500, 600)}
+# The statuses of a request that may get an answer later; 0: no answer, 2xx: no chat completion.
+TRY_AGAIN = {0, *range(200, 300), 408, 409, 424, 425, 429, 498, 499, *range(500, 600)}
 RETRIES_TO_REACH = 2  # as long as no server has ever answered
 LONGEST_LIMIT = 60  # seconds in which a rate limit may let nobody through
 
@@ -158,7 +160,7 @@ class Endpoint:
         last_try = time.monotonic()
         for tries in itertools.count(1):
             status, text, retry_after = self.post(prompt.format(source))
-            if status == 200:
+            if 200 <= status < 300:
                 answer = self.read(text, source, may_echo)
                 if answer:
                     return answer
@@ -284,8 +286,9 @@ def generate(flags):
     print(f"captions: {dict(count)}", flush=True)
     # What earlier runs have passed by comes last, since most of it failed: fifty old failures in
     # a row would stop this run before it came to a new caption.
-    old = itertools.islice(captions_to_ask(flags, written, Counter()), count["passed by"])
-    new = itertools.islice(captions_to_ask(flags, written, Counter()), count["passed by"], None)
+    passed_by = count["passed by before"]
+    old = itertools.islice(captions_to_ask(flags, written, Counter()), passed_by)
+    new = itertools.islice(captions_to_ask(flags, written, Counter()), passed_by, None)
     captions = itertools.chain(new, old)
 
     todo = queue.SimpleQueue()
@@ -355,7 +358,7 @@ def captions_to_ask(flags, written, count):
             seen.add(key)
             if key in written:
                 count["with a row"] += 1
-                count["passed by"] = count["to do"]
+                count["passed by before"] = count["to do"]
             else:
                 count["to do"] += 1
                 yield row
@@ -460,8 +463,8 @@ def read_rows(path, needed=ROW_KEYS):
                     row = {"image_id": cells["filepath"], "caption": cells["title"]}
                 check_row(row, needed)
             except Exception as error:  # noqa: BLE001 - whatever is in the file
-                begun = ROW_START.startswith(line[: len(ROW_START)]) and not line.endswith(b"\n")
-                if begun and isinstance(error, ValueError):
+                torn = ROW_START.startswith(line[: len(ROW_START)]) and not line.endswith(b"\n")
+                if torn and isinstance(error, ValueError):
                     return
                 raise InputError(f"{path}:{number}: needs {' and '.join(needed)} (in a .tsv: "
                                  f"filepath and title), but {error!r}") from None

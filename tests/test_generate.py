@@ -148,7 +148,11 @@ CAPTIONS = [
 
 def test_captions_of_every_kind_come_through_whole(tmp_path):
     """An answer that keeps its source's own words and signs is good, whatever they are."""
-    with Server(lambda request: request.source + " " + request.source.split()[0]) as server:
+    def answer(request):
+        words = request.source.split()
+        return " ".join([*words, words[0]])
+
+    with Server(answer) as server:
         with open(tmp_path / "captions.jsonl", "w") as file:
             for n, caption in enumerate(CAPTIONS):
                 row = {"index": n, "image_id": f"a/{n}", "caption": caption}
@@ -409,6 +413,7 @@ def test_odd_answers_that_are_good(tmp_path):
         if n == 1:
             reply.body = b"\xef\xbb\xbf" + reply.body
             reply.headers = {"Content-Type": "application/json; charset=utf-8"}
+            reply.status = 201
         if n == 2 and request.step == 2:
             reply.body = reply.body.replace(b"in other", b"in\\ud83d other")
         return reply
