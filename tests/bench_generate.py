@@ -2,8 +2,8 @@
 
     python tests/bench_generate.py                              # 1M captions
     python tests/bench_generate.py --rows 5000000               # the paper's number
-    git show d9a46bf:generate.py > /tmp/old.py
-    python tests/bench_generate.py --scripts generate.py /tmp/old.py --repeats 3 --rows 100000
+    git show d9a46bf:generate.py > ../old.py
+    python tests/bench_generate.py --scripts generate.py ../old.py --repeats 3 --rows 100000
 
 Several scripts are measured in turn. The server is tests/openai_server.py as a process of its own;
 each call takes it 200 ms.
