@@ -2,9 +2,11 @@
 
     python tests/bench_generate.py                              # 1M captions
     python tests/bench_generate.py --rows 5000000               # the paper's number
-    python tests/bench_generate.py --scripts generate.py old.py --concurrency 256   # in turn
+    git show d9a46bf:generate.py > ../old.py
+    python tests/bench_generate.py --scripts generate.py ../old.py --repeats 3 --rows 100000
 
-The server is tests/openai_server.py as a process of its own; each call takes it 200 ms.
+Several scripts are measured in turn. The server is tests/openai_server.py as a process of its own;
+each call takes it 200 ms.
 """
 
 import argparse
@@ -49,15 +51,16 @@ def cpu(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def start(script, folder, args):
+def start(script, folder, output, workers):
     """A job on the folder's captions, as a process."""
+    args = ["--output", output, "--concurrency", workers]
     command = [sys.executable, Path(script).resolve(), "captions.tsv", *args]
     env = {**os.environ, "OPENAI_BASE_URL": f"http://127.0.0.1:{PORT}/v1", "no_proxy": "*"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(list(map(str, command)), cwd=folder, env=env, **quiet)
 
 
-def measure(title, server, processes, seconds):
+def measure(title, server, process, seconds):
     """Print the time to the first call, then the calls/s of `seconds`, then kill -9."""
     before = count()
     began = time.monotonic()
@@ -68,16 +71,15 @@ def measure(title, server, processes, seconds):
 
     first = count()
     began = time.monotonic()
-    used = sum(cpu(process.pid) for process in processes)
+    used = cpu(process.pid)
     used_by_the_server = cpu(server.pid)
     time.sleep(seconds)
     calls = (count() - first) / (time.monotonic() - began)
-    used = (sum(cpu(process.pid) for process in processes) - used) / seconds
+    used = (cpu(process.pid) - used) / seconds
     used_by_the_server = (cpu(server.pid) - used_by_the_server) / seconds
-    peak = max(peak_memory(process.pid) for process in processes)
-    for process in processes:
-        process.kill()
-        process.wait()
+    peak = peak_memory(process.pid)
+    process.kill()
+    process.wait()
     print(f"{title}: {calls:.0f} calls/s; first call after {start_up:.1f} s; "
           f"at most {peak:.0f} MB; cores used {used:.2f}, by the server {used_by_the_server:.2f}",
           flush=True)
@@ -119,20 +121,11 @@ def main():
             outputs = iter(range(10_000))
             for script in flags.scripts * flags.repeats:
                 for workers in flags.concurrency:
-                    args = ["--output", f"{next(outputs)}.jsonl", "--concurrency", workers]
-                    title = f"{script}, --concurrency {workers}"
-                    measure(title, server, [start(script, folder, args)], flags.seconds)
-
-                jobs = []
-                for shard in ("0/2", "1/2"):
-                    args = ["--output", f"{next(outputs)}.jsonl", "--concurrency", 256]
-                    jobs.append(start(script, folder, [*args, "--shard", shard]))
-                title = f"{script}, two processes with --shard, --concurrency 256"
-                measure(title, server, jobs, flags.seconds)
-
-                args = ["--output", "rows.jsonl", "--concurrency", 256]
+                    process = start(script, folder, f"{next(outputs)}.jsonl", workers)
+                    measure(f"{script}, --concurrency {workers}", server, process, flags.seconds)
+                process = start(script, folder, "rows.jsonl", 256)
                 title = f"{script}, resumed on {flags.rows - 50_000:,} rows, --concurrency 256"
-                measure(title, server, [start(script, folder, args)], flags.seconds)
+                measure(title, server, process, flags.seconds)
     finally:
         server.terminate()
 

@@ -513,7 +513,7 @@ def main():
     with Server(answer) as server:  # one call at a time: the rows come in the same order every time
         environment = {"OPENAI_API_KEY": "not-needed", "OPENAI_BASE_URL": server.url}
         run(generate, folder, codes=(0, 1), **environment)
-        run(f"{generate} --retry-failed", folder, **environment)
+        run(generate, folder, **environment)
     train = ("python paraclip.py --rows rows.jsonl --images images --features features "
              "--model clip --batch-size 256 --epochs 4 --lr 2e-4")
     run(f"{train} --output runs/paraclip", folder)

@@ -5,7 +5,7 @@
     with Server(answer) as server:                          # a thread; answer(request): what to do
         ... server.url ... server.requests ...
 
-It is asyncio on raw sockets, so that it can break off, trickle and say what no server should.
+It is asyncio on raw sockets, so that it can break off and say what no server should.
 """
 
 import argparse
@@ -35,18 +35,21 @@ class Request:
         return self.prompt[self.prompt.index('"') + 1 : self.prompt.rindex('"')]
 
 
+USAGE = {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 40}
+
+
 @dataclasses.dataclass
 class Reply:
     """What the server does with a request: a chat completion of `content`, or else `body`."""
 
     content: object = ""
     finish_reason: str = "stop"
+    usage: object = dataclasses.field(default_factory=USAGE.copy)
     status: int = 200
     headers: dict = dataclasses.field(default_factory=dict)
     body: bytes | None = None
     delay: float = 0.0  # seconds
     reset: bool = False  # cut the connection in mid-answer
-    trickle: float = 0.0  # seconds between one byte and the next
     interim: bytes = b""  # sent at once, before the delay and the answer
 
     def encode(self):
@@ -54,8 +57,7 @@ class Reply:
         if body is None:
             message = {"role": "assistant", "content": self.content}
             choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
-            usage = {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 40}
-            reply = {"object": "chat.completion", "choices": [choice], "usage": usage}
+            reply = {"object": "chat.completion", "choices": [choice], "usage": self.usage}
             body = json.dumps(reply).encode()
         headers = {"Content-Type": "application/json", "Content-Length": len(body), **self.headers}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -155,19 +157,9 @@ class Connection(asyncio.Protocol):
         if self.transport.is_closing():
             return
         data = reply.encode()
-        if reply.trickle:
-            head = data.index(b"\r\n\r\n") + 4
-            self.transport.write(data[:head])
-            self.drip(data[head:], reply.trickle)
-            return
         self.transport.write(data[: len(data) // 2] if reply.reset else data)
         if reply.reset:
             self.transport.close()
-
-    def drip(self, data, pause):
-        if data and not self.transport.is_closing():
-            self.transport.write(data[:1])
-            self.server.loop.call_later(pause, self.drip, data[1:], pause)
 
 
 def main():

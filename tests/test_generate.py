@@ -2,7 +2,7 @@
 
 import csv
 import email.utils
-import gzip
+import functools
 import json
 import os
 import random
@@ -18,46 +18,46 @@ import pytest
 from conftest import ROOT, tar
 from openai_server import Reply, Server, reword
 
-from generate import PROMPTS, ROW_KEYS, problem_with, tidy
+from generate import PROMPTS, ROW_KEYS, parse_args, problem_with, tidy
 
-SCRIPT = ROOT / "generate.py"
 KEY = "sk-loopback-0123456789abcdef"
-HINTS = ("--model", "--endpoint", "--sampling")
-
-# The same script with a hundredth of the longest wait that full jitter can draw, or the longest.
-JITTER = (
-    "import random, runpy, sys; random.uniform = lambda a, b: b * {}; sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
-)
+QUICK = "random.uniform = lambda a, b: b / 100"  # a hundredth of the longest wait that can be drawn
+# The script, with something else in its place first.
+PATCHED = "import sys, random, fcntl; sys.path.insert(0, {!r}); import generate; {}; generate.main()"
 
 
-def start(*args, server=None, jitter=None, key=KEY, **options):
-    """generate.py as a process, in the folder `cwd`."""
+def start(*args, server=None, patch="pass", key=KEY, **options):
+    """generate.py as a process, in the folder `cwd`; `patch` is run before it."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     env["no_proxy"] = "*"
     if key:
         env["OPENAI_API_KEY"] = key
     if server:
         env["OPENAI_BASE_URL"] = server.url
-    command = [sys.executable]
-    if jitter:
-        command += ["-c", JITTER.format(jitter)]
-    command += [str(SCRIPT), *map(str, args)]
+    command = [sys.executable, ROOT / "generate.py"]
+    if patch != "pass":
+        command = [sys.executable, "-c", PATCHED.format(str(ROOT), patch)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=env, **pipes, **options)
+    return subprocess.Popen([*command, *map(str, args)], env=env, **pipes, **options)
 
 
 def run(*args, code=0, timeout=60, **options):
     """The finished process. Its exit code must be `code`; no traceback and no key may show."""
     process = start(*args, **options)
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == code, out + err
-    assert "Traceback" not in err
-    assert KEY not in out + err
-    process.out = out
-    process.err = err
-    process.error = re.split(r"[\r\n]", err.rstrip())[-1]  # the last line of stderr
+    process.out, process.err = process.communicate(timeout=timeout)
+    assert process.returncode == code, process.out + process.err
+    assert "Traceback" not in process.err
+    assert KEY not in process.out + process.err
+    process.error = re.split(r"[\r\n]", process.err.rstrip())[-1]  # the last line of stderr
     return process
+
+
+def serve(folder, answer, *args, **options):
+    """run() against a Server of this answer, in `folder`."""
+    with Server(answer) as server:
+        done = run(*args, server=server, cwd=folder, **options)
+    done.server = server
+    return done
 
 
 def lines(path):
@@ -66,20 +66,18 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def ids(path):
-    return sorted(row["image_id"] for row in lines(path))
-
-
 def numbers(path):
     """The sorted numbers at the end of the captions in a file of rows."""
     return sorted(int(row["caption"].split()[-1]) for row in lines(path))
 
 
 def write_captions(folder, count, words="a small dog number {}"):
-    """Write captions.txt. Returns the arguments of its job."""
-    text = "".join(words.format(number) + "\n" for number in range(1, count + 1))
-    (folder / "captions.txt").write_text(text)
-    return "captions.txt", "--output", "rows.jsonl"
+    """Write captions.tsv. Returns the arguments of its job."""
+    text = "filepath\ttitle\n"
+    for number in range(1, count + 1):
+        text += f"x/{number}\t{words.format(number)}\n"
+    (folder / "captions.tsv").write_text(text)
+    return "captions.tsv", "--output", "rows.jsonl"
 
 
 def number_in(request):
@@ -87,15 +85,16 @@ def number_in(request):
 
 
 def body(**keys):
-    return json.dumps(keys).encode()
+    return Reply(body=json.dumps(keys).encode())
 
 
-def error(status, headers=None, **keys):
-    return Reply(status=status, headers=headers or {}, body=body(error=keys))
+def error(status, text=b"busy", **headers):
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Reply(status=status, body=text, headers=headers)
 
 
-def chat(**choice):
-    return Reply(body=body(choices=[choice]))
+def slowly(delay):
+    return lambda request: Reply(reword(request).content, delay=delay)
 
 
 # ---------------------------------------------------------------- the method
@@ -110,27 +109,19 @@ def test_two_steps_with_the_papers_prompts_and_parameters(tmp_path):
     )
     caption = "Boys REVERSIBLE jacket, SKU#1234.jpg"
     answers = ("Reversible jacket for boys", "Boys' coat that can be flipped")
-    (tmp_path / "captions.txt").write_text(caption + "\n")
-    with Server(lambda request: answers[request.number]) as server:
-        prices = ("--price-in", 1000, "--price-out", 10_000)
-        output = ("--output", "new/rows.jsonl")
-        done = run("captions.txt", *output, *prices, server=server, cwd=tmp_path)
-
-    for request, prompt, source in zip(server.requests, PROMPTS, (caption, answers[0])):
-        assert request.body == {
-            "model": "gpt-4o-mini",
-            "temperature": 1.0,
-            "top_p": 0.1,
-            "max_tokens": 512,
-            "messages": [{"role": "user", "content": prompt.replace("{}", source)}],
-        }
+    write_captions(tmp_path, 1, caption)
+    args = ("captions.tsv", "--output", "new/rows.jsonl")
+    done = serve(tmp_path, lambda request: answers[request.number], *args)
+    for request, prompt, source in zip(done.server.requests, PROMPTS, (caption, answers[0])):
+        message = {"role": "user", "content": prompt.replace("{}", source)}
+        sampling = {"temperature": 1.0, "top_p": 0.1, "max_tokens": 512}
+        assert request.body == {"model": "gpt-4o-mini", **sampling, "messages": [message]}
         assert request.key == KEY
-    assert server.count == 2
-    row = dict(zip(ROW_KEYS, ("captions/1", caption, *answers)))
+    assert done.server.count == 2
+    row = dict(zip(ROW_KEYS, ("x/1", caption, *answers)))
     assert lines(tmp_path / "new/rows.jsonl") == [row]
-    # 2 calls of 30 tokens sent and 10 answered
-    assert re.search(r"1/1 .*rows/s, 80 tokens, \$0.26 of about \$0.26, 0 failed", done.err)
     assert os.listdir(tmp_path / "new") == ["rows.jsonl"]
+    assert "1 rows more" in done.out
 
 
 def test_flags_reach_the_request(tmp_path):
@@ -140,30 +131,28 @@ def test_flags_reach_the_request(tmp_path):
         run(*args, "--sampling", *sampling, key=None, cwd=tmp_path)
     request = server.requests[0]
     assert request.key == ""
-    assert request.body == {
-        "model": "llama",
-        "max_completion_tokens": 2048,
-        "reasoning_effort": "minimal",
-        "stop": ["\n"],
-        "seed": 7,
-        "messages": request.body["messages"],
-    }
+    del request.body["messages"]
+    sampling = {"max_completion_tokens": 2048, "reasoning_effort": "minimal", "seed": 7}
+    assert request.body == {"model": "llama", **sampling, "stop": ["\n"]}
 
 
 CAPTIONS = [
     'a "quoted" word', "{braces} and {} {0}", "back\\slash \\n here", "a\ttab in it",
     "two\nlines here", "smile 😀 emoji", "собака бежит по траве", "狗 在 跑", "كلب يجري هنا",
     "half an emoji \ud83d here", "%s %d percent", "long " + "x" * 10_000,
-    "carriage\r\nreturn here", "\u2028 line separator", "nul \0 byte",
-    # what filters of phrases cut or refuse
+    "\u2028 line separator", "nul \0 byte", "1. first of a list", "(brackets) [HD] a/b; c: d",
     "I'm afraid of the dark poster", "Caption: America the movie", "As an AI artist, she paints",
     "How to paraphrase: ten tips", "I'm sorry, a song by Brenda Lee", "Sorry, we are closed",
 ]  # fmt: skip
 
 
 def test_captions_of_every_kind_come_through_whole(tmp_path):
-    """An answer that keeps the caption's own words is good, whatever they are."""
-    with Server(lambda request: "снова 犬 😀 " + " ".join(request.source.split())) as server:
+    """An answer that keeps its source's own words and signs is good, whatever they are."""
+    def answer(request):
+        words = request.source.split()
+        return " ".join([*words, words[0]])
+
+    with Server(answer) as server:
         with open(tmp_path / "captions.jsonl", "w") as file:
             for n, caption in enumerate(CAPTIONS):
                 row = {"index": n, "image_id": f"a/{n}", "caption": caption}
@@ -183,216 +172,117 @@ def test_captions_of_every_kind_come_through_whole(tmp_path):
 # ---------------------------------------------------------------- inputs
 
 
-def test_txt_and_jsonl(tmp_path):
-    """Captions of 2 to 15 words are kept, the others counted. Several .txt files go."""
-    text = "\ufeffa red dog\r\n\nword\ntwo words\n" + "w " * 16 + "\nno end"
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    (tmp_path / "b.txt").write_text("a red dog\n")
-    rows = [
-        {"image_id": "j/1", "caption": "a red dog"},
-        {"image_id": "j/1", "caption": "a second caption"},  # as in COCO
-        {"image_id": "j/1", "caption": "a red dog"},
-        {"image_id": 2, "caption": "a cat"},
-        {"image_id": "3", "caption": None},
-    ]
-    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    inputs = ("a.txt", "?.txt", "a.jsonl", "./a.jsonl")  # a file is read once
-    with Server() as server:
-        done = run(*inputs, "--output", "rows.jsonl", server=server, cwd=tmp_path)
-    found = {(row["image_id"], row["caption"]) for row in lines(tmp_path / "rows.jsonl")}
-    assert found == {
-        ("a/1", "a red dog"),
-        ("a/4", "two words"),
-        ("a/6", "no end"),
-        ("b/1", "a red dog"),
-        ("j/1", "a red dog"),
-        ("j/1", "a second caption"),
-        ("2", "a cat"),
+def test_jsonl(tmp_path):
+    """Captions of 2 to 15 words are kept, the others counted, and exact doubles taken once."""
+    captions = [
+        ("1", "a red dog"), ("1", "a second caption"), ("1", "a red dog"),  # as in COCO
+        ("2", "dog"), ("3", "w " * 16), ("4", ""), ("5", "two words"), ("6", "no end"),
+    ]  # fmt: skip
+    rows = [json.dumps({"image_id": name, "caption": text, "n": 7}) for name, text in captions]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(rows))
+    done = serve(tmp_path, reword, "a.jsonl", "?.jsonl", "--output", "rows.jsonl")
+    found = {(row["image_id"], row["caption"], row["n"]) for row in lines(tmp_path / "rows.jsonl")}
+    wanted = {("1", "a red dog"), ("1", "a second caption"), ("5", "two words"), ("6", "no end")}
+    assert found == {(*pair, 7) for pair in wanted}
+    assert done.server.count == 8
+    assert "6" in re.search(r"left out by --min-words, --max-words\D*(\d+)", done.out)[1]  # twice 3
+
+
+def test_tsv(tmp_path):
+    """A cell that is wholly in csv's quotes loses them; any other quote is text."""
+    titles = {
+        '"5"" lamp"': '5" lamp',
+        '"a ""big"" dog"': 'a "big" dog',
+        '"Big" dog': '"Big" dog',
+        '"Big" and "Rex"': '"Big" and "Rex"',
+        '5" lamp': '5" lamp',
+        '"never closed': '"never closed',
+        'closed here"': 'closed here"',
+        "a\\tb c": "a\\tb c",
     }
-    assert server.count == 2 * len(found)
-    assert "7 captions kept, 3 left out" in done.out
-    assert "1 doubles" in done.out
-
-
-def test_tsv_is_split_at_tabs(tmp_path):
-    """A quote is text, so that it swallows neither a line nor another quote."""
-    titles = ['"5"" lamp"', '"Big" dog', '5" lamp', '"never closed', 'closed here"', "a\\tb c"]
-    text = "url\tfilepath\ttitle\n"
+    text = '\ufeffurl\tfilepath\t"title"\r\n'
     for n, title in enumerate(titles):
-        text += f"u\tt/{n}\t{title}\n\n"
+        text += f"u\tt/{n}\t{title}\r\n\n"
     (tmp_path / "a.tsv").write_text(text)
-    with Server() as server:
-        run("a.tsv", "--output", "rows.jsonl", server=server, cwd=tmp_path)
+    serve(tmp_path, reword, "a.tsv", "--output", "rows.jsonl")
     found = {row["image_id"]: row["caption"] for row in lines(tmp_path / "rows.jsonl")}
-    assert found == {f"t/{n}": title for n, title in enumerate(titles)}
+    assert found == {f"t/{n}": title for n, title in enumerate(titles.values())}
 
 
 def test_tar(tmp_path):
-    """The caption of KEY.jpg is KEY.txt, dots and all; the image_id names the shard."""
+    """The caption of KEY.jpg is KEY.txt, dots and all; what lacks its partner is counted."""
     members = {
-        "./0000.jpg": b"\xff\xd8" * 9000,
-        "./0000.json": b'{"caption": "from the json"}',
-        "./0000.txt": b"a first caption\n",
-        "22.05.jpg": b"x",
-        "22.05.txt": b"a dog in may",
-        "22.06.jpg": b"x",
-        "22.06.txt": b"a dog in june",
-        "1.jpg": b"x",
-        "1.txt": b"the caption of one",
-        "1.url.txt": b"http://no.caption and more",
-        "b/c/7.WEBP": b"x",
-        "b/c/7.txt": b"a dog in folders",
-        "8.jpg": b"no caption at all",
-    }
+        "./0000.jpg": "x" * 9000, "./0000.json": "{}", "./0000.txt": "a first caption\n",
+        "22.05.jpg": "x", "22.05.txt": "a dog in may",
+        "22.06.jpg": "x", "22.06.txt": "a dog in june",
+        "b/c/7.WEBP": "x", "b/c/7.txt": "a dog in folders",
+        "8.jpg": "its caption is in the .json", "8.json": "{}",
+        "9.gif": "x", "9.txt": "an image of another kind",
+        "10.tiff": "x", "10.txt": "and one more",
+    }  # fmt: skip
+    members = {name: text.encode() for name, text in members.items()}
     for shard in ("00000", "00001"):
         (tmp_path / f"{shard}.tar").write_bytes(tar(members))
-    with Server() as server:
-        run("*.tar", "--output", "rows.jsonl", server=server, cwd=tmp_path)
+    done = serve(tmp_path, reword, "*.tar", "--output", "rows.jsonl")
     expected = {}
     for shard in ("00000", "00001"):
-        expected[f"{shard}/0000"] = "a first caption"
-        expected[f"{shard}/22.05"] = "a dog in may"
-        expected[f"{shard}/22.06"] = "a dog in june"
-        expected[f"{shard}/1"] = "the caption of one"
-        expected[f"{shard}/b/c/7"] = "a dog in folders"
+        for key in ("0000", "22.05", "22.06", "b/c/7"):
+            text = members.get(f"{key}.txt") or members[f"./{key}.txt"]
+            expected[f"{shard}/{key}"] = text.decode().strip()
     found = {row["image_id"]: row["caption"] for row in lines(tmp_path / "rows.jsonl")}
     assert found == expected
-    assert len(lines(tmp_path / "rows.jsonl")) == len(expected)
+    assert re.search(r"partner\D*6\b", done.out)
 
 
 SHARD = tar({f"{n}.{kind}": b"a dog no. %d" % n for n in range(50) for kind in ("jpg", "txt")})
 DAMAGED = SHARD[: 21 * 1024] + b"\xff" * 512 + SHARD[21 * 1024 + 512 :]
-OUTSIDE = tar({"../../1.jpg": b"x", "../../1.txt": b"a dog"})
-A_DOG = {"a.txt": "a dog\n"}
-BAD_INPUTS = {  # the files, the arguments beside --output, what the error's line must name
-    "no file": ({}, ["none.txt"], ["none.txt"]),
-    "ending": ({"a.csv": "x"}, ["a.csv"], ["a.csv", ".tsv"]),
-    "not UTF-8": ({"a.txt": b"a dog\n\xff\xfe dog\n"}, ["a.txt"], ["a.txt:2", "save it as UTF-8"]),
-    "header": ({"a.tsv": "x\ty\n1\t2\n"}, ["a.tsv"], ["a.tsv:1", "filepath", "title"]),
-    "columns": (
-        {"a.tsv": "filepath\ttitle\n1\ta dog\n2\n"},
-        ["a.tsv"],
-        ["a.tsv:3", "column"],
-    ),
-    "not JSON": (
-        {"a.jsonl": '{"image_id": "1", "caption": "a dog"}\n{\n'},
-        ["a.jsonl"],
-        ["a.jsonl:2"],
-    ),
-    "a list": ({"a.jsonl": "[1, 2]\n"}, ["a.jsonl"], ["a.jsonl:1"]),
-    "deep": ({"a.jsonl": '{"image_id": ' + "[" * 100_000 + "\n"}, ["a.jsonl"], ["a.jsonl:1"]),
-    "no caption": ({"a.jsonl": '{"image_id": "1"}\n'}, ["a.jsonl"], ["a.jsonl:1", '"caption"']),
-    "id out of the root": (
-        {"a.jsonl": '{"image_id": "../1", "caption": "a dog"}\n'},
-        ["a.jsonl"],
-        ["a.jsonl:1", "image_id"],
-    ),
-    "absolute id": (
-        {"a.tsv": "filepath\ttitle\n/etc/1\ta dog\n"},
-        ["a.tsv"],
-        ["a.tsv:2", "image_id"],
-    ),
-    "member out of the root": ({"a.tar": OUTSIDE}, ["a.tar"], ["a.tar", "image_id"]),
-    "cut member": ({"a.tar": SHARD[: 21 * 1024 + 515]}, ["a.tar"], ["a.tar"]),
-    "cut between two": ({"a.tar": SHARD[: 21 * 1024]}, ["a.tar"], ["a.tar", "cut off"]),
-    "damaged header": ({"a.tar": DAMAGED}, ["a.tar"], ["a.tar", "damaged"]),
-    "two of one name": (
-        {"a/1.tar": SHARD, "b/1.tar": SHARD},
-        ["*/1.tar"],
-        ["a/1.tar", "b/1.tar"],
-    ),
-    "nothing kept": ({"a.txt": "dog\n" + "w " * 20 + "\n"}, ["a.txt"], ["a.txt", "no caption"]),
-    "shard": (A_DOG, ["a.txt", "--shard", "2/2"], ["--shard"]),
-    "negative": (A_DOG, ["a.txt", "--limit", "-1"], ["--limit"]),
-    "sampling": (A_DOG, ["a.txt", "--sampling", "seed"], ["--sampling"]),
-    "swallowed": (A_DOG, ["--sampling", "seed=1", "a.txt"], ["--sampling", "a.txt", "CAPTIONS"]),
-    "unknown flag": (A_DOG, ["a.txt", "--retries", "1"], ["--retries"]),
-}
-for url in ("localhost:8000", f"http://u:{KEY}@localhost/v1", "http://[::1/v1", "http:///v1"):
-    BAD_INPUTS[url] = (A_DOG, ["a.txt", "--endpoint", url], ["--endpoint", "http://"])
+A_DOG = '{"image_id": "1", "caption": "a dog"}\n'
+BAD_INPUTS = [  # a file, what is in it, the arguments beside --output, what the error must name
+    ("none.tsv", None, "", "none.tsv"),
+    ("a.txt", "a dog\n", "", "a.txt .tsv"),
+    ("a.tsv", b"filepath\ttitle\n1\t\xff\xfe\n", "", "a.tsv:2 utf-8"),
+    ("a.tsv", "x\ty\n1\t2\n", "", "a.tsv:2 filepath title"),
+    ("a.tsv", "filepath\ttitle\n1\ta dog\n2\n", "", "a.tsv:3 shorter"),
+    ("a.tsv", "filepath\ttitle\n/etc/1\ta dog\n", "", "a.tsv:2 image_id"),
+    ("a.tsv", "filepath\ttitle\n1\tdog\n", "", "a.tsv no captions"),
+    ("a.jsonl", A_DOG + "{\n", "", "a.jsonl:2"),
+    ("a.jsonl", "[1, 2]\n", "", "a.jsonl:1"),
+    ("a.jsonl", '{"image_id": ' + "[" * 100_000 + "\n", "", "a.jsonl:1"),
+    ("a.jsonl", '{"image_id": "1"}\n', "", "a.jsonl:1 caption"),
+    ("a.jsonl", '{"image_id": "b/../../1", "caption": "a dog"}\n', "", "a.jsonl:1 image_id"),
+    ("a.tar", SHARD[: 21 * 1024 + 515], "", "a.tar"),
+    ("a.tar", SHARD[: 21 * 1024], "", "a.tar cut off"),
+    ("a.tar", DAMAGED, "", "a.tar damaged"),
+    ("a.tar", tar({"1.gif": b"x", "1.txt": b"a dog"}), "", "a.tar no captions partner"),
+    ("a.jsonl", A_DOG, "--sampling seed", "--sampling"),
+    ("a.jsonl", A_DOG, "--sampling seed=1 b.jsonl", "--sampling b.jsonl"),
+    ("a.jsonl", A_DOG, "--retries 1", "--retries"),
+    ("a.jsonl", A_DOG, "--endpoint localhost:8000", "--endpoint http://"),
+    ("a.jsonl", A_DOG, f"--endpoint http://u:{KEY}@localhost/v1", "--endpoint"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_INPUTS)
-def test_bad_input_is_named_before_the_first_call(tmp_path, case):
-    files, args, names = BAD_INPUTS[case]
-    for name, data in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+@pytest.mark.parametrize("name, data, args, words", BAD_INPUTS)
+def test_bad_input_is_named_before_the_first_call(tmp_path, name, data, args, words):
+    if data:
         (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    with Server() as server:
-        done = run(*args, "--output", "new/rows.jsonl", code=2, server=server, cwd=tmp_path)
-    for name in names:
-        assert name in done.error
+    done = serve(tmp_path, reword, name, "--output", "rows.jsonl", *args.split(), code=2)
+    for word in words.split():
+        assert word in done.error
     assert done.error.startswith("generate.py: error: ")
-    assert not server.requests
-    assert not (tmp_path / "new").exists()
-
-
-def test_no_key(tmp_path):
-    args = write_captions(tmp_path, 2)
-    done = run(*args, key=None, code=2, cwd=tmp_path)
-    assert done.err == f"{done.error}\n"
-    assert "OPENAI_API_KEY" in done.error
-    done = run(*args, "--endpoint", "localhost:8000", key=None, code=2, cwd=tmp_path)
-    assert "http://" in done.error
-    assert "KEY" not in done.error
-
-
-def test_threads_that_can_not_be_started(tmp_path):
-    """No room for their stacks."""
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-    with Server() as server:
-        args = (*write_captions(tmp_path, 5000), "--concurrency", 5000)
-        done = run(*args, server=server, cwd=tmp_path, code=2, preexec_fn=limit)
-    assert "--concurrency" in done.error
+    assert not done.server.requests
+    assert not lines(tmp_path / "rows.jsonl")
 
 
 # ---------------------------------------------------------------- answers
 
-TIDY = {  # what the LLM says of "a red dog": the answer in it
-    " A dog runs.\n": "A dog runs.",
-    '"A dog runs."': "A dog runs.",
-    "“A dog”": "A dog",
-    "'A man's dog'": "A man's dog",
-    "«Собака бежит»": "Собака бежит",
-    "**A cat**": "A cat",
-    '"Big" dog and "Rex"': '"Big" dog and "Rex"',
-    "'Big' and 'small'": "'Big' and 'small'",
-    '""': "",
-    "": "",
-    '"': '"',
-    "a dog's": "a dog's",
-    "Paraphrase: A dog": "A dog",
-    'Paraphrase:\n"A dog"': "A dog",
-    '"Paraphrase: A dog"': "A dog",
-    "**Paraphrased caption:** A dog": "A dog",
-    "Caption: A dog": "A dog",
-    "Rephrased: A dog": "A dog",
-    "Concise paraphrase: A dog": "A dog",
-    "Here is a paraphrase: A dog": "A dog",
-    "Here's a concise version: A dog": "A dog",
-    'Sure! Here\'s a paraphrase: "A dog"': "A dog",
-    "Certainly! Here is the paraphrased text:\n\nA dog": "A dog",
-    "Here is a dog: Rex": "Here is a dog: Rex",
-    "Here I am: a dog": "Here I am: a dog",
-    "Paraphrase of a poem": "Paraphrase of a poem",
-    "I can't caption that: it's explicit": "I can't caption that: it's explicit",
-    "Unable to paraphrase: it's explicit": "Unable to paraphrase: it's explicit",
-    "Sure-footed goat": "Sure-footed goat",
-    "<think>a\nb</think>\n\nA dog": "A dog",
-    "hm, a hound?</think>A dog": "A dog",
-    "<think>hm": "<think>hm",
-}
-
-
-@pytest.mark.parametrize("said", TIDY)
-def test_tidy(said):
-    assert tidy(said, "a red dog") == TIDY[said]
-
-
-def test_a_label_that_the_source_has_stays():
-    source = "Caption: America the movie"
-    assert tidy("Caption: America: the movie", source) == "Caption: America: the movie"
+TIDY = {  # what the LLM says: the answer in it
+    " A dog runs.\n": "A dog runs.", '"A dog runs."': "A dog runs.", "“A dog”": "A dog",
+    "'A man's dog'": "A man's dog", "«Собака бежит»": "Собака бежит", '""': "", "": "", '"': '"',
+    '"Big" dog and "Rex"': '"Big" dog and "Rex"', "'Big' and 'small'": "'Big' and 'small'",
+    "a dog's": "a dog's", "<think>a\nb</think>\n\nA dog": "A dog", "<think>hm": "<think>hm",
+    'hm, a hound?</think>"A dog"': "A dog", "Paraphrase: A dog": "Paraphrase: A dog",
+}  # fmt: skip
 
 
 BAD_ANSWERS = [
@@ -400,17 +290,30 @@ BAD_ANSWERS = [
     "**Bold** hound", "A hound <|im_end|>", "[INST] a hound", "A hound\ufffd", "A_hound_runs",
     "I'm sorry, but I can't help with that.", "I’m sorry", "As an AI language model, I can't",
     "I cannot assist with that", "Sorry, can't do", "My apologies for that",
-    "Could you please provide the caption?", "There is no caption given.",
-    "The text you want paraphrased is missing.", "Unable to rephrase: it is explicit",
+    "Could you please provide the caption?", "There is no caption given.", "Needs more context",
+    "The text you want paraphrased is missing.", "Unable to rephrase, as it is explicit",
     "A hound that " + "runs and " * 20 + "runs",
+    # as people marked them in real answers
+    "Output: A hound sprints", "1. A hound sprints 2. A crimson pooch", "- A hound", "• A hound",
+    "A hound sprints (Note: shortened)", "A hound sprints (3 words)", "A hound/pooch sprints",
+    "the given text is: A hound", "Paraphrase: A hound", "A hound sprints. Собака бежит",
+    "A hound 红狗", "A hound; a pooch", "# A hound", "A hound\x1b[31m",
 ]  # fmt: skip
 GOOD_ANSWERS = [
-    "A crimson hound sprints", "An iPad dog", "Красная собака", "红狗", "A dog (red) & co., $5!",
-    "Sorrel hound, in AI style", "World War II dog", "A hound 🐕",
+    "A crimson hound sprints", "An iPad dog", "A dog & co., $5!", "Sorrel hound, in AI style",
+    "A hound 🐕", "Player #33's hound", "3 hounds", "A well-known hound - running", "Café hound",
 ]  # fmt: skip
 
 
-def test_problem_with():
+GOOD_FOR_THEIR_SOURCE = {
+    "I'm sorry by Brenda Lee": "I'm sorry, a song", "Caption: this, #1 <3": "Caption: #1 <3",
+    "1. a dog / cat": "1. A hound / kitten", "собака dog": "Собака и dog",
+}  # fmt: skip
+
+
+def test_tidy_and_problem_with():
+    for said, answer in TIDY.items():
+        assert tidy(said) == answer
     source = "a red dog runs"
     for answer in BAD_ANSWERS:
         assert problem_with(answer, source, "stop", may_echo=False), answer
@@ -421,44 +324,43 @@ def test_problem_with():
         assert not problem_with("A hound", source, finish_reason, may_echo=False)
     for finish_reason in ("length", "content_filter", "error", "abort", "SAFETY", 7):
         assert problem_with("A hound", source, finish_reason, may_echo=False)
-
-
-def test_what_the_source_has_is_no_problem():
-    """Word by word: a refusal does not pass because its source holds the word caption."""
-    for source, answer in {
-        "I'm sorry by Brenda Lee": "I'm sorry, a song",
-        "Caption this, #1 <3": "Caption: #1 <3",
-        "How to paraphrase: ten tips": "Ten tips to paraphrase",
-    }.items():
+    for source, answer in GOOD_FOR_THEIR_SOURCE.items():
         assert not problem_with(answer, source, "stop", may_echo=False), answer
-    refusal = "I can't help with this caption"
+    refusal = "I can't help with this caption"  # does not pass for one word of its source
     assert problem_with(refusal, "caption number 7 of a small dog", "stop", may_echo=False)
 
 
-JOB_ANSWERS = {  # by the caption's last word: the answer, what its reason must name
-    "refusal": (Reply("I'm sorry, but as an AI I can't."), "task"),
-    "blank": (Reply(" \n"), "empty"),
-    "null": (Reply(None), "empty"),
-    "length": (Reply("a cut", "length"), "length"),
-    "abort": (Reply("A hound spr", "abort"), "abort"),
-    "many": (Reply("one dog\nanother dog"), "line"),
-    "thoughts": (Reply("<think>A dog, so a hound"), "markup"),
-}
-BROKEN_ANSWERS = {  # 200, but no chat completion
-    "html": Reply(body=b"<html>oops"),
-    "error": Reply(body=b'{"error": {"message": "overloaded"}}'),
-    "nochoice": Reply(body=b'{"choices": []}'),
-    "textless": chat(message=None),
-    "parts": chat(message={"content": [{"text": 7}]}),
-    "number": chat(message={"content": 7}),
-    "deep": Reply(body=b"[" * 2**20),
-    "huge": Reply(body=b" " * 2**21 + chat(message={"content": "a hound"}).body),
-    "bomb": Reply(body=gzip.compress(bytes(2**28)), headers={"Content-Encoding": "gzip"}),
-}
+PASSING = {  # by the caption's last word: what comes at first, and may pass
+    **{str(status): error(status) for status in (408, 409, 424, 425, 429, 498, 499, 500, 503)},
+    "gateway": error(403, b""), "403": error(403, Retry_After="0.1"),
+    "soon": error(500, Retry_After="soon"), "never": error(503, Retry_After="-1"),
+    "broken": Reply("x" * 999, reset=True), "late": Reply("late", delay=3),
+    "html": Reply(body=b"<html>oops"), "deep": Reply(body=b"[" * 2**20),
+    "overloaded": body(error={"message": "overloaded"}), "limit": body(error={"code": 429}),
+    "502": body(choices=[{"finish_reason": "error", "error": {"code": 502}, "message": {}}]),
+    "code": body(choices=[{"finish_reason": "error", "code": 502, "message": {"content": "A"}}]),
+    "nochoice": body(choices=[]), "textless": body(choices=[{"message": None}]),
+    "number": body(choices=[{"message": {"content": 7}}]),
+    "free": Reply(None, usage={"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9}),
+}  # fmt: skip
+FAILING = {  # what comes, and what its reason must name; it would come again
+    "400": (error(400, b"Model Not Exist"), "HTTP 400: Model Not Exist"),
+    "401": (error(401, f"wrong key {KEY[:14]}***".encode()), "OPENAI_API_KEY"),
+    "402": (error(402), "402"), "404": (error(404), "404"), "413": (error(413), "413"),
+    "422": (error(422), "422"), "forbidden": (error(403, b"flagged"), "flagged"),
+    "quota": (error(429, b'{"code": "insufficient_quota"}', Retry_After="60"), "quota"),
+    "moved": (error(307, b"", Location="http://127.0.0.1:9/"), "307"),
+    "filter": (Reply("", "content_filter", usage={"total_tokens": 0}), "content_filter"),
+    "credit": (body(error={"code": 402, "message": "no credit"}), "no credit"),
+    "refusal": (Reply("I'm sorry, but as an AI I can't."), "which its source lacks"),
+    "blank": (Reply(" \n"), "empty"), "length": (Reply("a cut", "length"), "length"),
+    "thoughts": (Reply("<think>A dog, so a hound"), "which its source lacks"),
+    "terminal": (error(400, "\x1b]0;owned\x07 \x9b31m ü".encode()), "]0;owned 31m ü"),
+}  # fmt: skip
 
 
-def test_a_bad_answer_is_asked_once_and_fails_alone(tmp_path):
-    """Step 2 never sees it. What is no chat completion is a failed call, and tried again."""
+def test_what_may_pass_is_tried_again_and_nothing_else(tmp_path):
+    """And a step 1 that failed never feeds a step 2; each failure is logged with its reason."""
     asked = {}
 
     def answer(request):
@@ -468,317 +370,199 @@ def test_a_bad_answer_is_asked_once_and_fails_alone(tmp_path):
             return request.source.upper() + "."
         if request.step == 2 or kind == "fine":
             return reword(request)
-        if kind in JOB_ANSWERS:
-            return JOB_ANSWERS[kind][0]
-        if asked[request.prompt] < 3:
-            return BROKEN_ANSWERS[kind]
-        return reword(request)
+        if kind in FAILING:
+            return FAILING[kind][0]
+        return PASSING[kind] if asked[request.prompt] < 3 else reword(request)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
-
-    kinds = ["fine", "echo", *JOB_ANSWERS, *BROKEN_ANSWERS]
-    (tmp_path / "captions.txt").write_text("".join(f"dog of {kind}\n" for kind in kinds))
-    args = ("captions.txt", "--output", "rows.jsonl", "--concurrency", 4)
-    options = {"server": None, "cwd": tmp_path, "jitter": 0.01, "code": 1, "preexec_fn": limit}
-    with Server(answer) as options["server"]:
-        done = run(*args, **options)
-
+    kinds = ["fine", "echo", *FAILING, *PASSING]
+    text = "".join(f"x/{kind}\tdog of {kind}\n" for kind in kinds)
+    (tmp_path / "captions.tsv").write_text("filepath\ttitle\n" + text)
+    args = ("captions.tsv", "--output", "rows.jsonl", "--timeout", 1, "--concurrency", 4)
+    done = serve(tmp_path, answer, *args, patch=QUICK, code=1)
     written = {row["caption"] for row in lines(tmp_path / "rows.jsonl")}
-    assert written == {f"dog of {kind}" for kind in ("fine", *BROKEN_ANSWERS)}
+    assert written == {f"dog of {kind}" for kind in ("fine", *PASSING)}
     failed = lines(tmp_path / "rows.jsonl.failed")
-    assert len(failed) == len(kinds) - len(written)
+    assert len(failed) == len(FAILING) + 1
     for row in failed:
         kind = row["caption"].split()[-1]
-        assert JOB_ANSWERS.get(kind, (None, "echo"))[1] in row["reason"], row
+        assert FAILING.get(kind, (None, "echo"))[1] in row["reason"], row
+        assert KEY[:12] not in row["reason"]
         assert set(row) == {"image_id", "caption", "reason"}
     for prompt, times in asked.items():
         kind = prompt.partition("dog of ")[2].partition('"')[0]
-        is_broken = kind in BROKEN_ANSWERS and prompt.startswith("Paraphrase the given caption")
-        assert times == (3 if is_broken else 1), prompt
-    assert f"{len(failed)} captions are without a row" in done.out
-    assert "--retry-failed" in done.out
+        is_passing = kind in PASSING and prompt.startswith("Paraphrase the given caption")
+        assert times == (3 if is_passing else 1), prompt
+    assert f"{len(failed)} captions failed" in done.err
+    assert "rows.jsonl.failed" in done.err
+    assert not re.search(r"[\x1b\x07\x9b]", done.err)
 
 
-def test_answers_of_reasoning_models(tmp_path):
-    """Thoughts before the answer, beside it, and as a part of it: none of them is in a row."""
+def test_odd_answers_that_are_good(tmp_path):
+    """A BOM before the JSON, thoughts, no finish_reason, half an emoji, odd counts of tokens.
 
-    def answer(request):
-        said = reword(request).content
-        thought = {"type": "thinking", "thinking": [{"text": "hmm"}]}
-        parts = [thought, {"type": "text", "text": said}]
-        contents = (f"<think>\nhmm\n</think>\n\n{said}", f"hmm</think>{said}", parts, said)
-        content = contents[request.number % 4]
-        return chat(message={"content": content, "reasoning_content": "hmm"})
-
-    with Server(answer) as server:
-        run(*write_captions(tmp_path, 8), server=server, cwd=tmp_path)
-    rows = lines(tmp_path / "rows.jsonl")
-    assert len(rows) == 8
-    for row in rows:
-        assert row["paraphrase_2"] == f"in other words plainly {row['caption']}"
-
-
-def test_odd_counts_of_tokens_spoil_no_answer(tmp_path):
-    usages = [None, [], 7, {"prompt_tokens": "30"}, {"prompt_tokens": float("inf")}]
+    A reasoning model's thoughts often stand in the total alone: here 510 tokens a call.
+    """
+    thoughtful = {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 540}
+    usages = [None, [], 7, {"prompt_tokens": "many"}, {"prompt_tokens": 1e999}, thoughtful]
 
     def answer(request):
-        choice = {"message": {"content": reword(request).content}}
-        usage = usages[number_in(request) - 1]
-        return Reply(status=201, body=body(choices=[choice], usage=usage))
+        n = number_in(request) - 1
+        said = f"<think>\nhmm\n</think>\n\n{reword(request).content}"
+        message = {"content": said, "reasoning_content": "hmm"}
+        reply = body(choices=[{"message": message}], usage=usages[n])
+        if n == 1:
+            reply.body = b"\xef\xbb\xbf" + reply.body
+            reply.headers = {"Content-Type": "application/json; charset=utf-8"}
+            reply.status = 201
+        if n == 2 and request.step == 2:
+            reply.body = reply.body.replace(b"in other", b"in\\ud83d other")
+        return reply
 
-    with Server(answer) as server:
-        run(*write_captions(tmp_path, 5), server=server, cwd=tmp_path)
-    assert len(lines(tmp_path / "rows.jsonl")) == 5
-
-
-def test_what_llama_cpps_server_answers(tmp_path):
-    """It loads its model at first; a prompt may be too long for a slot; keys that others lack."""
-
-    def answer(request):
-        if request.number < 3:
-            return error(503, message="Loading model", type="unavailable_error", code=503)
-        if number_in(request) == 2:
-            message = "request (1531 tokens) exceeds the available context size (1024 tokens)"
-            return error(400, message=message, type="exceed_context_size_error", code=400)
-        message = {"role": "assistant", "content": reword(request).content}
-        return Reply(body=body(
-            choices=[{"finish_reason": "stop", "index": 0, "message": message}],
-            created=1795705242,
-            system_fingerprint="b0-unknown",
-            usage={
-                "completion_tokens": 9,
-                "prompt_tokens": 48,
-                "total_tokens": 57,
-                "prompt_tokens_details": {"cached_tokens": 24},
-            },
-            timings={"cache_n": 24, "prompt_n": 24, "predicted_n": 9, "predicted_ms": 2884.45},
-        ))  # fmt: skip
-
-    with Server(answer) as server:
-        done = run(*write_captions(tmp_path, 3), server=server, cwd=tmp_path, code=1, jitter=0.01)
-    assert numbers(tmp_path / "rows.jsonl") == [1, 3]
-    assert "2 rows more; 192 tokens sent, 36 answered" in done.out
-    failed, = lines(tmp_path / "rows.jsonl.failed")
-    assert "HTTP 400" in failed["reason"] and "exceeds the available context" in failed["reason"]
-
-
-def test_retry_failed_takes_just_those(tmp_path):
-    args = write_captions(tmp_path, 6)
-    journal = tmp_path / "rows.jsonl.failed"
-
-    def refusing(*refused):
-        return lambda request: "I'm sorry" if number_in(request) in refused else reword(request)
-
-    with Server(refusing(2, 4, 6)) as server:
-        run(*args, "--limit", 4, server=server, cwd=tmp_path, code=1)
-        calls = server.count
-        run(*args, "--limit", 4, server=server, cwd=tmp_path, code=1)
-        assert server.count == calls  # nothing is asked twice by itself
-    journal.write_text(journal.read_text() + '{"image_id": "capt')  # torn by a kill
-    with Server(refusing(4)) as server:
-        args_now = (*args, "--retry-failed", "--sampling", "top_p=1.0")
-        run(*args_now, server=server, cwd=tmp_path, code=1)
-        assert {number_in(request) for request in server.requests} == {2, 4}
-        assert {request.body["top_p"] for request in server.requests} == {1.0}
-    assert numbers(journal) == [2, 4, 4]
-    with Server() as server:
-        run(*args, server=server, cwd=tmp_path, code=1)  # 5 and 6; 4 has still failed
-        run(*args, "--retry-failed", server=server, cwd=tmp_path)
-        run(*args, "--retry-failed", server=server, cwd=tmp_path)
-        assert server.count == 6
-    assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3, 4, 5, 6]
+    done = serve(tmp_path, answer, *write_captions(tmp_path, 6))
+    assert done.server.count == 12
+    assert re.search(r"tokens\D*sent\D*60\D*answered\D*1020\b", done.out)
     for row in lines(tmp_path / "rows.jsonl"):
-        assert set(row) == set(ROW_KEYS)
+        plain = row["paraphrase_2"].replace("in? other", "in other")
+        assert plain == f"in other words plainly {row['caption']}"
 
 
-def test_retry_failed_is_not_stopped_by_failures(tmp_path):
-    """It takes up the bad ones, so that many in a row tell nothing about the set-up."""
-    args = write_captions(tmp_path, 151)
-    with Server(lambda request: reword(request) if number_in(request) < 2 else "no\nno") as server:
-        run(*args, "--limit", 100, server=server, cwd=tmp_path, code=1)
-        journal = tmp_path / "rows.jsonl.failed"
-        for number in range(101, 152):
-            row = {"image_id": f"captions/{number}", "caption": f"a small dog number {number}"}
-            journal.write_text(journal.read_text() + json.dumps(row) + "\n")
-        run(*args, "--retry-failed", server=server, cwd=tmp_path, code=1)
-    assert server.count == 2 + 99 + 150
+# ---------------------------------------------------------------- what fails
 
 
-def test_an_older_versions_journal_is_named(tmp_path):
-    (tmp_path / "rows.failed.jsonl").write_text("")
-    with Server() as server:
-        done = run(*write_captions(tmp_path, 1), server=server, cwd=tmp_path)
-    assert done.out.count("rows.failed.jsonl: ") == 1
-    assert "rows.jsonl.failed" in done.out
+def test_what_failed_is_asked_for_again(tmp_path):
+    """By the same command, or with another --sampling; and nothing else is."""
+    args = write_captions(tmp_path, 6)
+    serve(tmp_path, lambda r: "I'm sorry" if number_in(r) in (2, 4) else reword(r), *args, code=1)
+    args_now = (*args, "--sampling", "top_p=1.0")
+    done = serve(tmp_path, lambda r: "no\nno" if number_in(r) == 4 else reword(r), *args_now, code=1)
+    assert {number_in(request) for request in done.server.requests} == {2, 4}
+    assert {request.body["top_p"] for request in done.server.requests} == {1.0}
+    assert numbers(tmp_path / "rows.jsonl.failed") == [2, 4, 4]
+    assert serve(tmp_path, reword, *args).server.count == 2
+    assert serve(tmp_path, reword, *args).server.count == 0
+    assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3, 4, 5, 6]
 
 
-# ---------------------------------------------------------------- a set-up that is wrong
-
-SET_UPS = {
-    "model": error(400, message="Model Not Exist"),
-    "address": Reply(status=404, body=b"Not Found"),
-    "moved": Reply(status=307, headers={"Location": "http://127.0.0.1:9/"}, body=b""),
-    "forbidden": error(403, message="you may not use this model"),
-    "GPT-5": error(400, message="Unsupported parameter: 'max_tokens'", param="max_tokens"),
-    "FastAPI": Reply(status=422, body=b'{"detail": [{"loc": ["body", "top_p"], "msg": "extra"}]}'),
-    "too short": Reply("", "length"),
-    "down": Reply(status=500, body=b"boom"),
-}
-
-
-@pytest.mark.parametrize("kind", SET_UPS)
-def test_a_wrong_set_up_uses_up_no_caption(tmp_path, kind):
-    """Few calls, the server's words, a hint, no journal; the mended command has all rows."""
-    args = (*write_captions(tmp_path, 300), "--max-retries", 1)
-    with Server(lambda request: SET_UPS[kind]) as server:
-        done = run(*args, server=server, cwd=tmp_path, code=2, jitter=0.01)
-        assert server.count < 250
-    words = (SET_UPS[kind].body or b"").decode()
-    words = {"moved": "127.0.0.1:9/", "too short": "finish_reason length"}.get(kind, words)
-    for word in (*HINTS, server.url, words):
-        assert word in done.error
-    assert os.listdir(tmp_path) == ["captions.txt"]
-    if kind == "model":
-        with Server() as server:
-            run(*args, server=server, cwd=tmp_path)
-        assert numbers(tmp_path / "rows.jsonl") == list(range(1, 301))
-
-
-def test_a_few_captions_that_run_out(tmp_path):
-    args = write_captions(tmp_path, 3)
-    with Server(lambda request: SET_UPS["model"]) as server:
-        done = run(*args, server=server, cwd=tmp_path, code=2)
-    assert "Model Not Exist" in done.error
-    assert os.listdir(tmp_path) == ["captions.txt"]
-
-
-def test_no_server(tmp_path):
-    with Server() as server:
-        pass  # its port is free again
-    args = (*write_captions(tmp_path, 50), "--concurrency", 2)
-    done = run(*args, server=server, cwd=tmp_path, code=2)
-    assert f"--endpoint {server.url}" in done.error
-    assert "Connection refused; does the server run there?" in done.error
-    assert os.listdir(tmp_path) == ["captions.txt"]
-
-
-def test_failures_before_the_first_good_answer_are_journalled_by_it(tmp_path):
-    def answer(request):
-        return reword(request) if number_in(request) > 15 else SET_UPS["forbidden"]
-
-    args = (*write_captions(tmp_path, 30), "--concurrency", 1)
-    with Server(answer) as server:
-        run(*args, server=server, cwd=tmp_path, code=1)
-    assert numbers(tmp_path / "rows.jsonl.failed") == list(range(1, 16))
-    assert numbers(tmp_path / "rows.jsonl") == list(range(16, 31))
-
-
-def test_one_refused_caption_fails_alone(tmp_path):
-    """403 and the like, after a good answer: the job goes on, and so does a resumed one."""
-    refused = {30: error(403, message="flagged"), 40: Reply(status=400), 50: Reply(status=302)}
-
-    def answer(request):
-        return refused.get(number_in(request)) or reword(request)
-
+def test_fifty_failures_in_a_row_stop_the_job(tmp_path):
+    """After good answers too, whatever they are: an outage, a wrong key. None is lost by it."""
     args = write_captions(tmp_path, 300)
-    with Server(answer) as server:
-        run(*args, server=server, cwd=tmp_path, code=1)
-        calls = server.count
-        run(*args, server=server, cwd=tmp_path, code=1)
-        assert server.count == calls == 2 * 297 + 3
-    assert numbers(tmp_path / "rows.jsonl.failed") == [30, 40, 50]
-    assert len(lines(tmp_path / "rows.jsonl")) == 297
+    for trouble, name in ((error(503, b"boom"), "boom"), (FAILING["401"][0], "OPENAI_API_KEY")):
+        job = (*args, "--max-retries", 1, "--concurrency", 4)
+        done = serve(
+            tmp_path, lambda r, t=trouble: reword(r) if r.number < 20 else t, *job,
+            code=2, patch=QUICK,
+        )  # fmt: skip
+        assert done.server.count <= 20 + 2 * 54
+        flags = ("--model", done.server.url, "--sampling", "--concurrency", "--timeout")
+        for word in ("50 captions", name, *flags):
+            assert word in done.error
+        assert KEY[:14] not in done.err
+    assert 12 <= len(lines(tmp_path / "rows.jsonl")) <= 20
+    strays = {90: FAILING["401"][0], 91: FAILING["quota"][0]}
+    serve(tmp_path, lambda r: strays.get(r.number) or reword(r), *args, code=1)
+    assert len(lines(tmp_path / "rows.jsonl")) == 298  # each failed its caption alone
+    serve(tmp_path, reword, *args)
+    assert numbers(tmp_path / "rows.jsonl") == list(range(1, 301))
 
 
-def test_the_last_captions_of_a_resumed_job_may_all_be_bad(tmp_path):
-    """They are journalled, as the rows show that the set-up works; once: exit code 2 for ever."""
-    with Server(lambda request: "" if number_in(request) == 3 else reword(request)) as server:
-        args = write_captions(tmp_path, 3)
-        run(*args, "--limit", 2, server=server, cwd=tmp_path)
-        run(*args, server=server, cwd=tmp_path, code=1)
-        assert [row["image_id"] for row in lines(tmp_path / "rows.jsonl.failed")] == ["captions/3"]
-        calls = server.count
-        run(*args, server=server, cwd=tmp_path, code=1)
-        assert server.count == calls
+def test_old_failures_do_not_stop_a_job_that_goes_on(tmp_path):
+    """Sixty captions fail for ever: what is new is asked for before them."""
+    args = (*write_captions(tmp_path, 200), "--concurrency", 2)
+    row = dict(zip(ROW_KEYS, ("x/61", "a small dog number 61", "a dog", "a pooch")))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    done = serve(tmp_path, lambda r: reword(r) if number_in(r) > 60 else "no\nno", *args, code=2)
+    assert "50 captions" in done.error
+    asked = [number_in(request) for request in done.server.requests if request.step == 1]
+    assert sorted(asked[:139]) == list(range(62, 201))
+    assert numbers(tmp_path / "rows.jsonl") == list(range(61, 201))
 
 
-def test_the_exit_code_does_not_come_from_the_bar(tmp_path, monkeypatch):
-    """TQDM_DISABLE switches tqdm off, and with it its counts."""
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    with Server() as server:
-        done = run(*write_captions(tmp_path, 3), server=server, cwd=tmp_path)
-    assert "3 rows more" in done.out
+def test_no_server_and_a_slow_one(tmp_path):
+    """Three tries; a time-out names the flags that help, and its default is long."""
+    args = (*write_captions(tmp_path, 60), "--concurrency", 32)
+    url = "http://127.0.0.1:9/v1"
+    done = run(*args, "--endpoint", url, cwd=tmp_path, code=2, patch=QUICK)
+    assert "no answer: [Errno 111] Connection refused; are" in done.error
+    assert url in done.error
+    os.remove(tmp_path / "rows.jsonl.failed")
+    assert parse_args(["a.tsv", "--output", "o"]).timeout == 300
+    args = (*write_captions(tmp_path, 2), "--timeout", 0.3)
+    serve(tmp_path, slowly(2), *args, code=1, patch=QUICK)
+    for row in lines(tmp_path / "rows.jsonl.failed"):
+        assert "Read timed out" in row["reason"]
+        assert "--concurrency" in row["reason"] and "--timeout" in row["reason"]
 
 
-def test_a_word_that_begins_like_the_key_stays_in_a_row(tmp_path):
-    with Server(lambda request: f"local-delivery van {request.step}") as server:
-        args = write_captions(tmp_path, 1)
-        run(*args, server=server, cwd=tmp_path, key="local-development-key")
-    assert lines(tmp_path / "rows.jsonl")[0]["paraphrase_2"] == "local-delivery van 2"
+# ---------------------------------------------------------------- rate limits, and the pace
 
 
-def test_a_hundred_failures_in_a_row_stop_the_job(tmp_path):
-    def answer(request):
-        return reword(request) if request.number < 20 else SET_UPS["model"]
+def test_no_rate_limit_fails_a_caption_while_others_get_answers(tmp_path):
+    """Four calls in 0.2 s, however few tries a caption has; with and without Retry-After."""
+    for headers in ({}, {"Retry-After": "0.2"}):
+        taken = []
 
-    with Server(answer) as server:
-        args = (*write_captions(tmp_path, 3000), "--concurrency", 4)
-        done = run(*args, server=server, cwd=tmp_path, code=2)
-    assert "100 captions failed" in done.error
-    assert "Model Not Exist" in done.error
-    failed = len(lines(tmp_path / "rows.jsonl.failed"))
-    assert 100 <= failed <= 103  # a good answer may come between the first failures
-    assert len(lines(tmp_path / "rows.jsonl")) in range(6, 11)
+        def answer(request, taken=taken, headers=headers):
+            taken[:] = [t for t in taken if t > time.monotonic() - 0.2]
+            if len(taken) >= 4:
+                return Reply(status=429, headers=headers, body=b"rate limit")
+            taken.append(time.monotonic())
+            return reword(request)
 
-
-STOPPING = {
-    "key": Reply(status=401, body=f"Incorrect API key provided: {KEY[:14]}***".encode()),
-    "credit": Reply(status=402, body=b"Insufficient Balance"),
-    "quota": error(429, {"Retry-After": "60"}, code="insufficient_quota"),
-    "quota in a 200": Reply(body=body(error={"code": 402, "message": "no credit"})),
-}
+        args = (*write_captions(tmp_path, 20), "--concurrency", 16, "--max-retries", 1)
+        assert serve(tmp_path, answer, *args, patch=QUICK).server.count > 50
+        assert numbers(tmp_path / "rows.jsonl") == list(range(1, 21))
+        os.remove(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("kind", STOPPING)
-def test_a_wrong_key_or_no_credit_stops_the_job_at_once(tmp_path, kind):
-    def answer(request):
-        return reword(request) if request.number < 20 else STOPPING[kind]
-
-    with Server(answer) as server:
-        args = (*write_captions(tmp_path, 200), "--concurrency", 4)
-        done = run(*args, server=server, cwd=tmp_path, code=2, timeout=20)
-    assert server.count <= 24
-    assert ("OPENAI_API_KEY" if kind == "key" else "credit") in done.error
-    assert KEY[:14] not in done.err
-    assert 6 <= len(lines(tmp_path / "rows.jsonl")) <= 10
-    assert not (tmp_path / "rows.jsonl.failed").exists()
-
-
-def test_the_key_shows_nowhere(tmp_path):
-    """run() looks for it in all that is printed; here also half of it, and in odd answers."""
-    assert "Appendix A" in run("--help").out
-    args = write_captions(tmp_path, 4)
-    for key in (f"{KEY}\n{KEY}", f"{KEY} \u20ac", f"{KEY}\t{KEY}"):
-        with Server() as server:
-            done = run(*args, key=key, server=server, code=2, cwd=tmp_path)
-        assert "OPENAI_API_KEY" in done.error
+def test_a_429_for_one_caption_alone_ends(tmp_path):
+    """It fails when nobody else has got an answer for so long; till then it slows down nobody."""
 
     def answer(request):
-        if number_in(request) == 4:
-            return error(400, message=f"wrong key {KEY[:12]}****cdef.")
-        return f"my key is {KEY} and {request.step} for {number_in(request)}"
+        if number_in(request) == 30:
+            return error(429, b"not you")
+        return Reply(reword(request).content, delay=0.01)
 
-    with Server(answer) as server:
-        run(*args, key=f" {KEY}\n", server=server, cwd=tmp_path, code=1)
-        assert server.requests[0].key == KEY
-    assert len(lines(tmp_path / "rows.jsonl")) == 3
-    for path in tmp_path.iterdir():
-        assert KEY[:12] not in path.read_text()
-    assert "cdef" not in (tmp_path / "rows.jsonl.failed").read_text()
+    args = (*write_captions(tmp_path, 300), "--concurrency", 8, "--max-retries", 3)
+    done = serve(tmp_path, answer, *args, code=1, patch=f"{QUICK}; generate.LONGEST_LIMIT = 0.5")
+    others = [request.time for request in done.server.requests if number_in(request) != 30]
+    assert max(later - sooner for sooner, later in pairwise(others)) < 0.3
+    assert numbers(tmp_path / "rows.jsonl.failed") == [30]
+    assert len(lines(tmp_path / "rows.jsonl")) == 299
 
 
-# ---------------------------------------------------------------- a server in trouble
+@pytest.mark.parametrize("kind", ["429", "503", "date", "in a 200"])
+def test_nobody_sends_in_a_pause(tmp_path, kind):
+    """Retry-After holds back all workers."""
+    paused_at = []
+
+    def answer(request):
+        if request.number != 10:
+            return Reply(reword(request).content, delay=0.02)
+        paused_at.append(time.monotonic())
+        reply = error(503 if kind == "503" else 429, Retry_After="1.5")
+        if kind == "date":  # in whole seconds: 1 to 2 from now
+            reply.headers = {"Retry-After": email.utils.formatdate(time.time() + 2, usegmt=True)}
+        if kind == "in a 200":
+            reply.status = 200
+            reply.body = body(error={"code": 429}).body
+        return reply
+
+    done = serve(tmp_path, answer, *write_captions(tmp_path, 20), "--concurrency", 8)
+    sent = [request.time - paused_at[0] for request in done.server.requests[11:]]
+    pause = 1 if kind == "date" else 1.5
+    assert not [t for t in sent if 0.3 < t < pause - 0.05]  # 0.3: the 429 is on its way
+    assert len(sent) > 15
+    assert len(lines(tmp_path / "rows.jsonl")) == 20
+
+
+def test_pace(tmp_path):
+    """--concurrency calls are in flight at once, each worker on a connection that is kept."""
+    args = (*write_captions(tmp_path, 120), "--concurrency", 40)
+    server = serve(tmp_path, slowly(0.2), *args).server
+    times = [request.time for request in server.requests]
+    in_flight = [sum(0 <= t - first < 0.19 for t in times) for first in times]
+    assert max(in_flight) == 40
+    assert server.connections <= 40
 
 
 def test_an_interim_status_gives_no_caption_anothers_answer(tmp_path):
@@ -791,130 +575,26 @@ def test_an_interim_status_gives_no_caption_anothers_answer(tmp_path):
             reply.delay = 0.05
         return reply
 
-    with Server(answer) as server:
-        args = (*write_captions(tmp_path, 200), "--concurrency", 4)
-        run(*args, server=server, cwd=tmp_path, jitter=0.01)
+    args = (*write_captions(tmp_path, 200), "--concurrency", 4)
+    assert serve(tmp_path, answer, *args, patch=QUICK).server.count > 400
     rows = lines(tmp_path / "rows.jsonl")
     assert len(rows) == 200
     for row in rows:
         assert row["paraphrase_1"] == f"plainly {row['caption']}"
         assert row["paraphrase_2"] == f"in other words plainly {row['caption']}"
-    assert server.count > 400
 
 
-def test_transient_failures_are_tried_again(tmp_path):
-    troubles = []
-    for status in (500, 502, 503, 504, 408, 409, 425, 429, 498, 499):
-        troubles.append(Reply(status=status, body=b"busy"))
-    for code in (429, 502):
-        troubles.append(Reply(body=body(error={"code": code, "message": "in a 200"})))
-    for odd in ("soon", "0.1", "-1", "nan", "9" * 5000, "Wed, 21 Oct 99999999 07:28:00 GMT"):
-        troubles.append(Reply(status=500, headers={"Retry-After": odd}))
-    troubles += [Reply("x" * 999, reset=True), Reply("late", delay=3), Reply("slow", trickle=0.3)]
-    seen = set()
-
-    def answer(request):
-        if request.prompt in seen or request.step == 2:
-            return reword(request)
-        seen.add(request.prompt)
-        return troubles[number_in(request) - 1]
-
-    with Server(answer) as server:
-        args = (*write_captions(tmp_path, len(troubles)), "--timeout", 1, "--concurrency", 3)
-        run(*args, server=server, jitter=0.01, cwd=tmp_path, timeout=20)
-    assert len(lines(tmp_path / "rows.jsonl")) == len(troubles)
-    assert server.count == 3 * len(troubles)
-
-
-@pytest.mark.parametrize("kind", ["429", "503", "fraction", "date", "paced", "in a 200"])
-def test_nobody_sends_in_a_pause(tmp_path, kind):
-    """Retry-After holds back all workers."""
-    paused_at = []
-
-    def answer(request):
-        if request.number != 10:
-            return Reply(reword(request).content, delay=0.02)
-        paused_at.append(time.monotonic())
-        reply = Reply(status=429, headers={"Retry-After": "1"}, body=b"slow down")
-        if kind == "503":
-            reply.status = 503
-        if kind == "fraction":
-            reply.headers = {"Retry-After": "1.5"}
-        if kind == "date":  # in whole seconds: 1 to 2 from now
-            date = email.utils.formatdate(time.time() + 2, usegmt=True)
-            reply.headers = {"Retry-After": date}
-        if kind == "in a 200":
-            reply.status = 200
-            reply.body = body(error={"code": 429, "message": "slow down"})
-        return reply
-
-    with Server(answer) as server:
-        args = [*write_captions(tmp_path, 20), "--concurrency", 8]
-        if kind == "paced":  # whoever waits for his turn must wait longer
-            args += ["--requests-per-minute", 1200]
-        run(*args, server=server, jitter=1, cwd=tmp_path)
-    sent = [request.time - paused_at[0] for request in server.requests[11:]]
-    pause = 1.5 if kind == "fraction" else 1
-    in_the_pause = [t for t in sent if 0.3 < t < pause - 0.05]  # 0.3: the 429 is on its way
-    assert not in_the_pause
-    assert len(sent) > 15
-    assert len(lines(tmp_path / "rows.jsonl")) == 20
-
-
-def test_a_429_without_retry_after_holds_back_its_own_caption_alone(tmp_path):
-    """One that is always refused fails in the end, and the others are as fast as without it."""
-
-    def answer(request):
-        if number_in(request) == 30:
-            return Reply(status=429, body=b"not you")
-        return Reply(reword(request).content, delay=0.01)
-
-    with Server(answer) as server:
-        args = (*write_captions(tmp_path, 300), "--concurrency", 8, "--max-retries", 3)
-        done = run(*args, server=server, cwd=tmp_path, code=1, jitter=0.2)
-    refused = [request.time for request in server.requests if number_in(request) == 30]
-    others = [request.time for request in server.requests if number_in(request) != 30]
-    assert len(refused) == 4
-    assert max(later - sooner for sooner, later in pairwise(others)) < 0.3
-    assert numbers(tmp_path / "rows.jsonl.failed") == [30]
-    assert "299" in done.out
-
-
-def test_a_rate_limit_fails_no_caption(tmp_path):
-    """A 429 with Retry-After that others get through costs a caption no try, however few it has."""
-    taken = []
-
-    def answer(request):
-        taken[:] = [t for t in taken if t > time.monotonic() - 0.2]
-        if len(taken) >= 4:
-            return Reply(status=429, headers={"Retry-After": "0.2"}, body=b"rate limit")
-        taken.append(time.monotonic())
-        return reword(request)
-
-    with Server(answer) as server:
-        args = (*write_captions(tmp_path, 30), "--max-retries", 2, "--concurrency", 16)
-        run(*args, server=server, cwd=tmp_path)
-    assert server.count > 60
-    assert len(lines(tmp_path / "rows.jsonl")) == 30
-
-
-def test_pace(tmp_path):
-    """--concurrency calls are in flight at once, each worker on a connection that is kept."""
-    with Server(lambda request: Reply(reword(request).content, delay=0.2)) as server:
-        args = (*write_captions(tmp_path, 120), "--concurrency", 40)
-        run(*args, server=server, cwd=tmp_path)
-    times = [request.time for request in server.requests]
-    in_flight = [sum(0 <= t - first < 0.19 for t in times) for first in times]
-    assert max(in_flight) == 40
-    assert server.connections <= 40
-    with Server() as server:
-        args = ("captions.txt", "--output", "b.jsonl", "--limit", 15)
-        run(*args, "--requests-per-minute", 600, server=server, cwd=tmp_path)
-    times = [request.time for request in server.requests]
-    assert len(times) == 30
-    assert times[-1] - times[0] > 2.8  # a tenth of a second apart
-    for first, later in zip(times, times[10:]):
-        assert later - first > 0.8
+def test_the_key_shows_nowhere(tmp_path):
+    """run() looks for it in all that is printed; and a server may say it in an answer."""
+    args = write_captions(tmp_path, 2)
+    assert "OPENAI_API_KEY: set it" in run(*args, key=None, code=2, cwd=tmp_path).err
+    with Server(lambda r: f"my key is {KEY} and {r.step} for {number_in(r)}") as server:
+        run(*args, key=f"{KEY}\u20ac", server=server, cwd=tmp_path, patch=QUICK, code=1)
+        assert server.count == 0
+        run(*args, key=f" {KEY[:9]}\n{KEY[9:]}\n", server=server, cwd=tmp_path, code=1)
+    assert {request.key for request in server.requests} == {KEY}
+    for path in tmp_path.iterdir():
+        assert KEY not in path.read_text()
 
 
 # ---------------------------------------------------------------- being stopped, and going on
@@ -922,12 +602,9 @@ def test_pace(tmp_path):
 
 def test_twenty_kills(tmp_path):
     """kill -9 at 20 random moments: each caption once, and only calls in flight are paid twice."""
-    count = 2000
-    workers = 8
-    kills = 20
-    args = (*write_captions(tmp_path, count), "--concurrency", workers)
-    with Server(lambda request: Reply(reword(request).content, delay=0.01)) as server:
-        for seed in range(kills):
+    args = (*write_captions(tmp_path, 2000), "--concurrency", 8)
+    with Server(slowly(0.01)) as server:
+        for seed in range(20):
             chance = random.Random(seed)
             process = start(*args, server=server, cwd=tmp_path)
             goal = server.count + chance.choice([0, chance.randrange(1, 250)])
@@ -937,80 +614,62 @@ def test_twenty_kills(tmp_path):
             assert process.poll() is None
             process.kill()
             process.communicate()
-        killed = (tmp_path / "rows.jsonl").read_bytes().count(b"\n")
+        assert 200 < (tmp_path / "rows.jsonl").read_bytes().count(b"\n") < 2000
         run(*args, server=server, cwd=tmp_path)
-    rows = lines(tmp_path / "rows.jsonl")
-    assert 200 < killed < count
-    assert numbers(tmp_path / "rows.jsonl") == list(range(1, count + 1))
-    for row in rows:
-        number = row["caption"].split()[-1]
-        assert row["image_id"] == f"captions/{number}"
+    assert numbers(tmp_path / "rows.jsonl") == list(range(1, 2001))
+    for row in lines(tmp_path / "rows.jsonl"):
+        assert row["image_id"] == f"x/{row['caption'].split()[-1]}"
         assert row["paraphrase_2"] == f"in other words plainly {row['caption']}"
-    assert 2 * count <= server.count <= 2 * count + kills * workers * 2
+    assert 4000 <= server.count <= 4000 + 20 * 8 * 2
 
 
 def test_ctrl_c(tmp_path):
-    """It ends at once, sits out neither a call nor a pause, and the rows that are written stay."""
+    """It ends at once, sits out neither 64 calls nor a pause, and the rows written stay."""
 
     def listen():  # also where pytest runs behind a shell's "&"
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def answer(request):
-        return Reply(reword(request).content, delay=0 if request.number < 10 else 30)
+    def slow(request):
+        return Reply(reword(request).content, delay=0 if number_in(request) <= 5 else 300)
 
-    options = {"cwd": tmp_path, "preexec_fn": listen}
-    with Server(answer) as server:
-        args = (*write_captions(tmp_path, 100), "--concurrency", 1)
-        process = start(*args, server=server, **options)
-        while server.count < 11:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=5)
+    args = write_captions(tmp_path, 100)
+    for answer, calls in ((slow, 10 + 64), (lambda r: error(429, Retry_After=60), 1)):
+        with Server(answer) as server:
+            process = start(*args, server=server, cwd=tmp_path, preexec_fn=listen)
+            while server.count < calls:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=3)
         assert process.returncode == 130
         assert "Traceback" not in err
         assert re.split(r"[\r\n]", err.rstrip())[-1].startswith("stopped: ")
-        assert len(lines(tmp_path / "rows.jsonl")) == 5
-
-        server.answer = lambda request: Reply(status=429, headers={"Retry-After": "60"})
-        a_terminal = "1; sys.stderr.isatty = lambda: True"  # for a bar that is drawn often
-        process = start(*args, server=server, jitter=a_terminal, **options)
-        while server.count < 12:
-            time.sleep(0.01)
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=5)
-        assert process.returncode == 130
-        assert re.search(r"all wait 5\d s, last: HTTP 429", err)
-
-        server.answer = reword
-        run(*args, server=server, cwd=tmp_path)
+        assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3, 4, 5]
+    assert serve(tmp_path, reword, *args).server.count == 190
     assert numbers(tmp_path / "rows.jsonl") == list(range(1, 101))
-    assert server.count == 10 + 1 + 1 + 190
+
+
+def test_a_wait_shows_why(tmp_path):
+    """The bar of a job in which nothing ends says what it waits for."""
+    with Server(lambda r: error(503, b"down for a while", Retry_After="2")) as server:
+        patch = "generate.BAR_SECONDS = 0.3"  # as in a terminal
+        process = start(*write_captions(tmp_path, 3), server=server, cwd=tmp_path, patch=patch)
+        time.sleep(2)
+        process.kill()
+    assert "HTTP 503: down for a while" in process.communicate()[1]
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
     """And one that only lacks its end, by an editor, is kept."""
     rows = tmp_path / "rows.jsonl"
-    with Server() as server:
-        args = write_captions(tmp_path, 5, "a dög {{}} no. {}")
-        run(*args, server=server, cwd=tmp_path)
-        whole = rows.read_bytes()
-        inside_a_letter = whole.rindex("ö".encode()) + 1
-        calls = server.count
-        for cut, lost in ((-7, 1), (inside_a_letter, 1), (-1, 0), (5, 5), (0, 5)):
-            rows.write_bytes(whole[:cut])
-            run(*args, server=server, cwd=tmp_path)
-            assert server.count == calls + 2 * lost
-            calls = server.count
-            assert sorted(rows.read_bytes().splitlines()) == sorted(whole.splitlines())
-
-
-def test_a_torn_last_line_is_left_out_of_a_sheet(tmp_path):
-    row = dict(zip(ROW_KEYS, ("1", "a dog", "a hound", "a pooch")))
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row)[:30])
-    done = run("rows.jsonl", "--sheet", "sheet.tsv", cwd=tmp_path)
-    assert "1 rows" in done.out
-    assert "rows.jsonl:2" in done.err
+    args = write_captions(tmp_path, 5, "a dög {{}} no. {}")
+    serve(tmp_path, reword, *args)
+    whole = rows.read_bytes()
+    inside_a_letter = whole.rindex("ö".encode()) + 1
+    for cut, lost in ((-7, 1), (inside_a_letter, 1), (-1, 0), (5, 5), (1, 5), (0, 5)):
+        rows.write_bytes(whole[:cut])
+        assert serve(tmp_path, reword, *args).server.count == 2 * lost
+        assert sorted(rows.read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
 NO_OUTPUT = {
@@ -1019,139 +678,100 @@ NO_OUTPUT = {
     "torn.jsonl": '{"name": "my',
     "one.jsonl": '{"image_id": "1", "caption": "a dog", "n": 5}',
     "cut.jsonl": '{"image_id": "1"}\n{"image_id": "2',
-    "rows.jsonl": json.dumps(dict(zip(ROW_KEYS, ("1", "a dog", "a hound", "a pooch")))),
+    "rows.jsonl": json.dumps(dict.fromkeys(ROW_KEYS, "a dog")),
 }
 COMMANDS = [
-    "captions.txt --output package.json",
-    "captions.txt --output prose.txt",
-    "captions.txt --output torn.jsonl",
-    "captions.txt --output one.jsonl",
-    "captions.txt --output cut.jsonl",
-    "captions.txt --output captions.txt",
-    "captions.txt --output .",
-    "captions.txt --output /dev/full",
+    "captions.tsv --output package.json", "captions.tsv --output prose.txt",
+    "captions.tsv --output torn.jsonl", "captions.tsv --output one.jsonl",
+    "captions.tsv --output cut.jsonl", "captions.tsv --output captions.tsv",
+    "captions.tsv --output .", "captions.tsv --output /dev/full",
     "one.jsonl --output one.jsonl",
-    "one.jsonl --output link.jsonl",
-    "rows.jsonl --export-chat rows.jsonl",
-    "rows.jsonl --sheet rows.jsonl",
-    "rows.jsonl --sheet /dev/null",
-]
+    "one.jsonl --output link.jsonl", "rows.jsonl --export-chat rows.jsonl",
+    "rows.jsonl --export-chat ./rows.jsonl", "rows.jsonl --export-chat /dev/null",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_no_output_is_left_alone(tmp_path, command):
-    args = command.split()
     write_captions(tmp_path, 4)
-    for name, text in NO_OUTPUT.items():
+    files = {**NO_OUTPUT, "captions.tsv": (tmp_path / "captions.tsv").read_text()}
+    for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "link.jsonl").symlink_to("one.jsonl")
-    with Server() as server:
-        done = run(*args, server=server, cwd=tmp_path, code=2)
-    assert args[2] in done.error
-    assert server.count == 0
-    for name, text in NO_OUTPUT.items():
+    done = serve(tmp_path, reword, *command.split(), code=2)
+    assert command.split()[2] in done.error
+    assert done.server.count == 0
+    for name, text in files.items():
         assert (tmp_path / name).read_text() == text
+    assert not os.path.isfile("/dev/null")
 
 
 def test_an_output_can_be_added_to(tmp_path):
     """By another job, and by fewer captions than before."""
-    (tmp_path / "more.tsv").write_text("filepath\ttitle\nx/1\ta red cat 5\n")
-    with Server() as server:
-        args = write_captions(tmp_path, 4)
-        run(*args, server=server, cwd=tmp_path)
-        run("more.tsv", "--output", "rows.jsonl", server=server, cwd=tmp_path)
-        done = run(*args, "--limit", 1, server=server, cwd=tmp_path)
+    (tmp_path / "more.tsv").write_text("filepath\ttitle\ny/1\ta red cat 5\n")
+    args = write_captions(tmp_path, 4)
+    serve(tmp_path, reword, *args, "--limit", 3)
+    assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3]
+    serve(tmp_path, reword, "more.tsv", "--output", "rows.jsonl")
+    assert serve(tmp_path, reword, *args, "--limit", 1).server.count == 0
+    serve(tmp_path, reword, *args)
     assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3, 4, 5]
-    assert server.count == 10
-    assert "1 have a row, 0 are to do" in done.out
 
 
 def test_two_processes_on_one_output(tmp_path):
-    """The second stops: where the first has a row, and where neither has one yet."""
-    with Server(lambda request: Reply(reword(request).content, delay=1)) as server:
+    """The second stops before its first call."""
+    with Server(slowly(0.5)) as server:
         args = (*write_captions(tmp_path, 3), "--concurrency", 2)
         first = start(*args, server=server, cwd=tmp_path)
         while not server.count:
             time.sleep(0.01)
         second = run(*args, server=server, cwd=tmp_path, code=2)
-        assert (tmp_path / "rows.jsonl").exists()
-        third = run(*args, server=server, cwd=tmp_path, code=2)
         out, err = first.communicate(timeout=30)
     assert first.returncode == 0, out + err
-    for process in (second, third):
-        assert "rows.jsonl: another" in process.error
+    assert "rows.jsonl: another" in second.error
+    assert server.count == 6
+    assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3]
+
+
+def test_a_disk_without_locks(tmp_path):
+    """It is no error, and said before the first call."""
+    patch = "exec('def no(*_): raise OSError(37, \"No locks available\")'); fcntl.flock = no"
+    done = serve(tmp_path, reword, *write_captions(tmp_path, 3), patch=patch)
+    assert "rows.jsonl: " in done.err and "lock" in done.err
     assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3]
 
 
 def test_a_full_disk(tmp_path):
     """A limit of file sizes stands in for it: whole rows only, and the job goes on later."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-
-    with Server() as server:
-        args = write_captions(tmp_path, 200)
-        done = run(*args, server=server, cwd=tmp_path, code=2, preexec_fn=limit)
-        assert "rows.jsonl: " in done.error
-        assert "disk" in done.error
+    args = write_captions(tmp_path, 200)
+    for size in (9000, 12000):
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+        assert "disk is full" in serve(tmp_path, reword, *args, code=2, preexec_fn=limit).error
         rows = lines(tmp_path / "rows.jsonl")
-        assert 30 < len(rows) < 100
-        run(*args, server=server, cwd=tmp_path)
+        assert size / 300 < len(rows) < size / 100
+    serve(tmp_path, reword, *args)
     assert numbers(tmp_path / "rows.jsonl") == list(range(1, 201))
     assert lines(tmp_path / "rows.jsonl")[: len(rows)] == rows
 
 
-# ---------------------------------------------------------------- sharing a job, and after it
-
-
-def test_shards_and_limit(tmp_path):
-    """Each caption is in one shard, doubles too; the limit is a shard's own."""
-    rows = []
-    for n in range(30):
-        rows += 2 * [{"image_id": str(n), "caption": f"dog no. {n}"}]
-        rows += [{"image_id": str(n), "caption": "short"}]
-    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = []
-    with Server() as server:
-        for n in range(3):
-            args = ("captions.jsonl", "--output", f"{n}.jsonl", "--shard", f"{n}/3")
-            for limit, count in ((2, 2), (0, 10)):
-                run(*args, "--limit", limit, server=server, cwd=tmp_path)
-                assert len(lines(tmp_path / f"{n}.jsonl")) == count
-            found += numbers(tmp_path / f"{n}.jsonl")
-    assert server.count == 60
-    assert sorted(found) == list(range(30))
+# ---------------------------------------------------------------- after the job
 
 
 def test_export_chat(tmp_path):
+    """Two chats a row, whose answers alone are to be learned; a bad row leaves the old file."""
     row = dict(zip(ROW_KEYS, ("a/1", "a {red} dog", "a dög", "a 'hound'")))
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    run("rows.jsonl", "--export-chat", "new/train.jsonl", key=None, cwd=tmp_path)
-    question_1 = {"role": "user", "content": PROMPTS[0].replace("{}", "a {red} dog")}
-    question_2 = {"role": "user", "content": PROMPTS[1].replace("{}", "a dög")}
-    chats = [
-        {"messages": [question_1, {"role": "assistant", "content": "a dög"}]},
-        {"messages": [question_2, {"role": "assistant", "content": "a 'hound'"}]},
-    ]
-    assert lines(tmp_path / "new/train.jsonl") == chats
-
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    chats = []
+    for prompt, source, answer in zip(PROMPTS, ("a {red} dog", "a dög"), ("a dög", "a 'hound'")):
+        question = {"role": "user", "content": prompt.replace("{}", source)}
+        completion = {"role": "assistant", "content": answer}
+        chats.append({"prompt": [question], "completion": [completion]})
+    run("rows.jsonl", "--export-chat", "train.jsonl", key=None, cwd=tmp_path)
+    assert lines(tmp_path / "train.jsonl") == chats
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"image_id": "1"}\n')
-    done = run("bad.jsonl", "--export-chat", "new/train.jsonl", key=None, code=2, cwd=tmp_path)
+    done = run("bad.jsonl", "--export-chat", "train.jsonl", key=None, code=2, cwd=tmp_path)
     assert "bad.jsonl:2" in done.error
-    assert lines(tmp_path / "new/train.jsonl") == chats
-    assert os.listdir(tmp_path / "new") == ["train.jsonl"]
-
-
-def test_one_goal(tmp_path):
-    for args in (["rows.jsonl"], ["rows.jsonl", "--export-chat", "t.jsonl", "--output", "o.jsonl"]):
-        assert "--output" in run(*args, key=None, code=2, cwd=tmp_path).error
-
-
-def write_rows(folder, texts):
-    with open(folder / "rows.jsonl", "w") as file:
-        for n, (caption, paraphrase_1, paraphrase_2) in enumerate(texts):
-            row = dict(zip(ROW_KEYS, (f"a/{n}", caption, paraphrase_1, paraphrase_2)))
-            file.write(json.dumps(row) + "\n")
+    assert lines(tmp_path / "train.jsonl") == chats
 
 
 def test_sheet(tmp_path):
@@ -1159,37 +779,33 @@ def test_sheet(tmp_path):
     texts = [
         ('a "red\tdog"', "a red 😀 dog", "a red dog barks"),
         ("one two\nthree four", "one two three four", '"five" six'),
-        ('"never closed', "closed never", "shut"),
+        ('"never closed', "a lamp", "shut"),
     ]
-    write_rows(tmp_path, texts)
-    out = run("rows.jsonl", "--sheet", "sheet.tsv", key=None, cwd=tmp_path).out
-    text = (tmp_path / "sheet.tsv").read_text()
-    assert len(text.splitlines()) == 4
-    header, *cells = csv.reader(text.splitlines(), delimiter="\t")
+
+    def sheet(texts):
+        rows = [dict(zip(ROW_KEYS, (f"a/{n}", *row))) for n, row in enumerate(texts)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        command = [sys.executable, ROOT / "tests/sheet.py", "rows.jsonl", "sheet.tsv"]
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        cells = csv.reader((tmp_path / "sheet.tsv").read_text().splitlines(), "excel-tab")
+        return done.stdout, list(cells)
+
+    out, (header, *cells) = sheet(texts)
     assert header[:4] == ["image_id", "T", "T'", "T''"]
     for n, share in enumerate(("100", "0", "0")):
         assert cells[n] == [f"a/{n}", *(" ".join(text.split()) for text in texts[n]), share]
-    # words: 3, 4, 2; 3, 4, 2; 4, 2, 1. Kept in T': all; in T'': 3/3, 0, 0. T' is T in the second
+    # words: 3, 4, 2; 3, 4, 2; 4, 2, 1. Kept in T': all, all, none; in T'': 3/3, 0, 0
     assert "3 rows" in out
     assert "T 3.0, T' 3.0, T'' 2.3" in out
-    assert re.search(r"100%.* 33%.*80%.* 33\.3%.* 33\.3%", out), out
+    assert re.search(r"67%.* 33\.3%.*no word.* 33\.3%\n.* 33%.*80%.* 33\.3%", out), out
     assert " x " not in out  # nothing is frequent
 
-    for name in ("b.tsv", "c.tsv"):
-        run("rows.jsonl", "--sheet", name, "--limit", 2, key=None, cwd=tmp_path)
-    assert len((tmp_path / "b.tsv").read_text().splitlines()) == 3
-    assert (tmp_path / "b.tsv").read_text() == (tmp_path / "c.tsv").read_text()
-
-
-def test_the_sheet_names_the_most_frequent_paraphrases(tmp_path):
-    """A placeholder, a refusal in another language, one sentence for all captions."""
-    texts = []
-    for n in range(40):
-        texts.append((f"dog no. {n}", f"hound no. {n}", f"pooch no. {n}"))
+    texts = [(f"dog no. {n}", f"hound no. {n}", f"pooch no. {n}") for n in range(140)]
     for times, word in ((7, "N/A"), (5, "Je ne peux pas"), (3, "TODO"), (2, "rarer")):
         texts += times * [("a dog", word, f"{word} too")]
-    write_rows(tmp_path, texts)
-    out = run("rows.jsonl", "--sheet", "sheet.tsv", key=None, cwd=tmp_path).out
-    found = re.findall(r"(\d+) x (.*)", out)
-    expected = [("7", "N/A"), ("5", "Je ne peux pas"), ("3", "TODO")]
-    assert found == expected + [(n, f"{text} too") for n, text in expected]
+    out, cells = sheet(texts)
+    frequent = [("7", "N/A"), ("5", "Je ne peux pas"), ("3", "TODO")]
+    frequent += [(n, f"{text} too") for n, text in frequent]
+    assert re.findall(r"(\d+) x (.*)", out) == frequent
+    assert len(cells) == 101
+    assert sheet(texts)[1] == cells

@@ -41,7 +41,7 @@ def block_with(text):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 9
     for script in ("generate", "paraclip", "evaluate"):
         assert any(f"{script}.py " in command for command in COMMANDS)
 
