@@ -424,8 +424,12 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # in either case
 
 def read_captions(patterns, count):
     """Yield the captions in files of all three kinds, as rows without paraphrases."""
+    shards = {}
     for path in expand(patterns):
         if path.endswith(".tar"):
+            first = shards.setdefault(os.path.basename(path), path)
+            if first != path:
+                raise InputError(f"{first} and {path}: their images would have the same ids")
             yield from read_tar(path, count)
         else:
             for row, _ in read_rows(path, ROW_KEYS[:2]):

@@ -543,20 +543,20 @@ def image_name(path):
 
 
 @functools.lru_cache(maxsize=16)
-def images_in(folder, with_shard):
-    """{name: what opens it} of the images in a folder, and in the tar shard of the same name.
+def images_in(place):
+    """{name: what opens it} of the images in a folder, or in a tar shard.
 
     Names are with and without the ending. If two files have one name, nothing opens it.
     """
     found = {}
-    if with_shard and os.path.isfile(f"{folder}.tar"):
-        tar = tarfile.open(f"{folder}.tar", "r:")  # noqa: SIM115, it stays open
+    if place.is_dir():
+        for file in place.iterdir():
+            found[file.name] = functools.partial(open, file, "rb")
+    elif place.is_file():
+        tar = tarfile.open(place, "r:")  # noqa: SIM115, it stays open
         with contextlib.suppress(tarfile.ReadError):  # of a shard that is cut off, what is there
             for member in tar:
                 found[member.name.removeprefix("./")] = functools.partial(tar.extractfile, member)
-    if folder.is_dir():
-        for file in folder.iterdir():
-            found[file.name] = functools.partial(open, file, "rb")
     for file in sorted(found):
         name = image_name(file)
         found[name] = None if name in found else found[file]
@@ -570,9 +570,11 @@ def open_image(root, image_id):
     shard 00000.tar.
     """
     path = root / image_id
-    opener = images_in(path.parent, with_shard="/" in image_id).get(path.name)
+    shard, _, key = image_id.partition("/")
+    in_shard = images_in(root / f"{shard}.tar").get(key)
+    opener = images_in(path.parent).get(path.name, in_shard)
     if opener is None:
-        raise FileNotFoundError(f"there is no {path}.* (nor in {path.parent}.tar), or two")
+        raise FileNotFoundError(f"there is no {path}.* (nor {key}.* in {shard}.tar), or two")
     return read_image(opener())
 
 

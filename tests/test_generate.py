@@ -232,6 +232,10 @@ def test_tar(tmp_path):
     found = {row["image_id"]: row["caption"] for row in lines(tmp_path / "rows.jsonl")}
     assert found == expected
     assert re.search(r"partner\D*6\b", done.out)
+    (tmp_path / "part2").mkdir()
+    (tmp_path / "part2" / "00001.tar").write_bytes(tar(members))
+    done = serve(tmp_path, reword, "*.tar", "part2/*.tar", "--output", "b.jsonl", code=2)
+    assert "00001.tar: their images would have the same ids" in done.err
 
 
 SHARD = tar({f"{n}.{kind}": b"a dog no. %d" % n for n in range(50) for kind in ("jpg", "txt")})

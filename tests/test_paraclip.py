@@ -803,7 +803,8 @@ def test_towers_of_equal_weights_share_no_features(world, alone, tmp_path):
 
 def test_files_below_a_folder_and_members_of_shards(world, tmp_path):
     jpeg = (world / "images" / "0000.jpg").read_bytes()
-    whole = conftest.tar({"./0.jpg": jpeg, "0.txt": b"text", "22.05.JPG": jpeg, "9.jpg": jpeg})
+    whole = conftest.tar({"./0.jpg": jpeg, "0.txt": b"text", "22.05.JPG": jpeg, "9.jpg": jpeg,
+                         "b/c/7.jpg": jpeg})
     (tmp_path / "00000.tar").write_bytes(whole)
     (tmp_path / "00001.tar").write_bytes(whole[: whole.index(b"9.jpg")])
     (tmp_path / "in").mkdir()
@@ -812,7 +813,7 @@ def test_files_below_a_folder_and_members_of_shards(world, tmp_path):
     for name in ("in/e.gif", "in/f.Bmp", "in/g.webp", "in/h.avif", "in/i.tiff"):
         Image.open(io.BytesIO(jpeg)).save(tmp_path / name.lower())
         (tmp_path / name.lower()).rename(tmp_path / name)
-    good = ["00000/0", "00000/22.05", "00000/9.jpg", "00001/0", "in/a.b", "in/c", "in/two.png"]
+    good = ["00000/0", "00000/22.05", "00000/9.jpg", "00000/b/c/7", "00001/0", "in/a.b", "in/c", "in/two.png"]
     good += ["in/e", "in/f", "in/g", "in/h", "in/i", "whole", "whole.jfif"]
     for image_id in good:
         assert paraclip.open_image(tmp_path, image_id).size == (40, 40), image_id
