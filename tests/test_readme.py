@@ -25,7 +25,8 @@ import paraclip
 from paraclip import InputError
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+NOTEBOOK = (ROOT / "tests" / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README + NOTEBOOK, re.DOTALL)
 COMMANDS = []
 for _, block in BLOCKS:
     for line in block.replace("\\\n", "").splitlines():
@@ -34,14 +35,14 @@ for _, block in BLOCKS:
 
 
 def block_with(text):
-    """The one block of the README that holds `text`."""
+    """The one block of the README and of the notebook that holds `text`."""
     found = [block for _, block in BLOCKS if text in block]
     assert len(found) == 1
     return found[0]
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     for script in ("generate", "paraclip", "evaluate"):
         assert any(f"{script}.py " in command for command in COMMANDS)
 
@@ -65,7 +66,7 @@ def test_help(script, capsys):
 def test_the_eight_losses_of_table_2():
     import evaluate
 
-    losses = set(re.findall(r"^\| `([^`]+:[^`]+)`", README, re.MULTILINE))
+    losses = set(re.findall(r"^\| `([^`]+:[^`]+)`", NOTEBOOK, re.MULTILINE))
     assert len(losses) == 8 and losses == set(flickr8k.TABLE_2)
     for loss in losses:
         assert set(loss.split()) <= set(paraclip.PAPER_TERMS.values())
@@ -73,16 +74,16 @@ def test_the_eight_losses_of_table_2():
 
 
 def test_the_papers_table_2_is_evaluates():
-    """Its rows in the README are those that evaluate.py prints under one's own."""
+    """Its rows in the notebook are those that evaluate.py prints under one's own."""
     import evaluate
 
-    for names, figures in re.findall(r"^\| (L\d[^|]*?) \|(.*)\|$", README, re.MULTILINE):
+    for names, figures in re.findall(r"^\| (L\d[^|]*?) \|(.*)\|$", NOTEBOOK, re.MULTILINE):
         loss = [paraclip.PAPER_TERMS[name] for name in re.findall(r"L\d'*", names)]
         found = tuple(float(cell) for cell in figures.split("|"))
         if loss != paraclip.PARACLIP:  # of which Table 1, in evaluate.py, has other figures
             assert evaluate.PAPER["openai", " ".join(loss)] == found
     assert evaluate.PAPER["openai", evaluate.PARACLIP] == tuple(
-        float(cell) for cell in re.search(r"^\| ParaCLIP \(Table 1\) \|(.*)\|$", README,
+        float(cell) for cell in re.search(r"^\| ParaCLIP \(Table 1\) \|(.*)\|$", NOTEBOOK,
                                           re.MULTILINE)[1].split("|")
     )
 
@@ -111,27 +112,28 @@ def test_half_way_back(world, tmp_path, monkeypatch):
 
 
 def test_your_own_data_in_four_commands(world, tmp_path):
-    """As they stand, with a small model, fewer rows and no GPU; on twenty drawn photos."""
-    (tmp_path / "mydata" / "images").mkdir(parents=True)
+    """As they stand, with a small model and no GPU; on twenty drawn photos."""
+    (tmp_path / "mydata" / "images" / "in").mkdir(parents=True)
     header, *_ = block_with("filepath\ttitle").splitlines()
-    lines = [header]
     random = np.random.default_rng(0)
-    for i in range(20):
-        pixels = random.integers(0, 256, (40, 40, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "mydata" / "images" / f"IMG_{i}.JPG")
-        lines.append(f"IMG_{i}.JPG\tIMG_{i} two dogs are running | Stock Photo")
-    (tmp_path / "photos.tsv").write_text("\n".join(lines) + "\n")
-    commands = block_with("photos.tsv --output rows.jsonl")
-    commands = commands.replace("openai", f"{world}/clip").replace("101", "6").replace("100", "5")
+    for name, count in (("train", 15), ("test", 5)):
+        lines = [header]
+        for i in range(count):
+            pixels = random.integers(0, 256, (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "mydata" / "images" / "in" / f"{name}_{i}.JPG")
+            lines.append(f"in/{name}_{i}.JPG\tIMG_{i} two dogs are running, Stock Photo")
+        (tmp_path / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    commands = block_with("train.tsv --output train.jsonl")
+    commands = commands.replace("openai", f"{world}/clip").replace("100", "5")
     commands = re.sub(r"python (\w+\.py)", rf"{sys.executable} {ROOT}/\1", commands)
     with Server() as server:
         environment = {**os.environ, "OPENAI_API_KEY": "x", "OPENAI_BASE_URL": server.url}
         done = subprocess.run(["bash", "-ec", commands], check=False, cwd=tmp_path,
                               env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "20 rows more" in done.stdout and "15 of 15, 15 images" in done.stdout
+    assert "15 rows more" in done.stdout and "15 of 15 rows, steps 0 to 9" in done.stdout
     assert re.search(r"runs/mine +\| +\d+\.\d", done.stdout) and "R@10" in done.stdout
-    assert (tmp_path / "mine.png").stat().st_size > 1000
+    assert (tmp_path / "mine.html").stat().st_size > 1000
 
 
 def script(name, *arguments):
