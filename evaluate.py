@@ -68,6 +68,11 @@ def recall(rankings, item_labels, query_labels, k):
     return 100 * fmean(hits)
 
 
+def recalls(name, rankings, item_labels, query_labels):
+    """{"T R@1": percent, "T R@5": ..., "T R@10": ...} for the name "T"."""
+    return {f"{name} R@{k}": recall(rankings, item_labels, query_labels, k) for k in (1, 5, 10)}
+
+
 def spearman(cosines, golds):
     """Column STS: Spearman's rho in percent, where ties have their average rank.
 
@@ -135,10 +140,9 @@ def paraphrased_retrieval(data, encoders):
     figures = {"AO@10": scores["AO@10"], "JS@10": scores["JS@10"]}
 
     with_gold = len(golds) - golds.count(None)
-    for k in (1, 5, 10):
-        if with_gold:
-            scores[f"query R@{k}"] = recall(for_queries, images, golds, k)
-            scores[f"paraphrase R@{k}"] = recall(for_paraphrases, images, golds, k)
+    if with_gold:
+        scores.update(recalls("query", for_queries, images, golds))
+        scores.update(recalls("paraphrase", for_paraphrases, images, golds))
     counts = {"pairs": len(golds), "images": len(images), "pairs_with_gold": with_gold}
     return Result(figures, counts, scores)
 
@@ -156,36 +160,38 @@ def read_paraphrases(data):
     else the user's own photos.
     """
     path = find(data, "paraphrased_retrieval.jsonl")
-    is_coco = (data / "coco/val2017").exists()
-    images = find_images(find(data, "coco/val2017" if is_coco else "images"))
+    folder = data / "coco/val2017"
+    if not folder.exists():
+        folder = find(data, "images")
+    images = find_images(folder)
 
     def parse_pair(line):
         row = json.loads(line)
-        gold = row.get("image_id")
-        if gold is not None:
-            gold = find_gold(str(gold), images, is_coco)
-        if "query" in row:
-            return row["query"], row["paraphrase"], gold
-        return row["caption"], row["paraphrase_1"], gold  # a row of generate.py
+        query = row.get("query") or row["caption"]  # or else it is a row of generate.py
+        paraphrase = row.get("paraphrase") or row["paraphrase_1"]
+        return query, paraphrase, find_gold(row.get("image_id"), folder)
 
     pairs = list(paraclip.read_jsonl(path, parse_pair))
     if not pairs or len(images) < 10:
-        raise InputError(f"{path}: {len(pairs)} pairs, for {len(images)} images; AO@10 takes one "
-                         "pair and ten images at least")
+        raise InputError(f"{path}: {len(pairs)} pairs, and {len(images)} images in {folder}; "
+                         "AO@10 takes one pair and ten images at least")
     *queries, golds = zip(*pairs)
     return list(images.values()), queries, golds
 
 
-def find_gold(image_id, images, is_coco):
-    """The path of the image that a pair names, see find_images. Raises ValueError."""
-    name = image_id
-    if is_coco:  # whose folder is flat: the id may have folders before the name
-        name = os.path.basename(image_id)
+def find_gold(image_id, folder):
+    """The path of the image that a pair names, or None if it names none. Raises ValueError."""
+    if image_id is None:
+        return None
+    name = str(image_id)
+    if folder.name == "val2017":  # flat, while the id may have folders before the name
+        name = os.path.basename(name)
+    images = find_images(folder)
     for candidate in (name, image_name(name), name.zfill(12)):  # COCO's ids may lack zeros
         if candidate in images:
             return images[candidate]
-    raise ValueError(f'image_id "{image_id}" is not among the images; leave it out where a pair '
-                     "has no gold image")
+    raise ValueError(f'image_id "{image_id}" is no image of {folder}; leave image_id out where a '
+                     "pair has no gold image")
 
 
 # Relations that ARO leaves out as symmetric: "X next to Y" and "Y next to X" may both be true.
@@ -246,16 +252,15 @@ def aro_accuracy(column, groups, counted, encoders):
     true_cosines = (image_features * encoders.texts(true_captions)).sum(1)
     false_cosines = (image_features * encoders.texts(false_captions)).sum(1)
     right = (true_cosines > false_cosines).double()
+    accuracy = {}
     sizes = [len(examples) for examples in counted.values()]
-    means = [100 * part.mean().item() for part in right.split(sizes)]
-    macro = fmean(means)
+    for group, part in zip(counted, right.split(sizes)):
+        accuracy[group] = 100 * part.mean().item()
+    macro = fmean(accuracy.values())
     pairs = sum(map(len, groups.values()))
-    counts = {"pairs": pairs, "pairs_counted": len(right), "groups": len(means)}
-    sub_scores = {
-        "macro": macro,
-        "micro": 100 * right.mean().item(),
-        "by_group": dict(zip(counted, means)),
-    }
+    counts = {"pairs": pairs, "pairs_counted": len(right), "groups": len(accuracy)}
+    micro = 100 * right.mean().item()
+    sub_scores = {"macro": macro, "micro": micro, "by_group": accuracy}
     return Result({column: macro}, counts, sub_scores)
 
 
@@ -358,13 +363,13 @@ def imagenet(data, encoders):
     labels = [name.split("/")[0] for name in images]
     wnids = sorted(set(labels))
     if len(wnids) != 1000:
-        raise InputError(f"{folder}: {len(images)} images in {len(wnids)} folders n01440764, ...; "
-                         "all 1,000 are wanted, as their order names the classes")
+        raise InputError(f"{folder}: {len(wnids)} folders n01440764, ... with images; all 1,000 are "
+                         "wanted, as their order names the classes")
     image_features = encoders.images(images.values())
     rankings = rank_gallery(image_features, zero_shot_weights(encoders))
     scores = {f"top-{k}": recall(rankings, wnids, labels, k) for k in (1, 5)}
     counts = {"images": len(images), "classes": len(wnids)}
-    return Result({"Clsf": scores["top-1"]}, counts, scores, {})
+    return Result({"Clsf": scores["top-1"]}, counts, scores)
 
 
 def zero_shot_weights(encoders):
@@ -390,12 +395,12 @@ def coco(data, encoders):
     caption_features = encoders.texts(captions)
     captions_for_images = rank_gallery(image_features, caption_features)
     images_for_captions = rank_gallery(caption_features, image_features)
-    scores = {}
-    for k in (1, 5, 10):
-        scores[f"T R@{k}"] = recall(captions_for_images, image_of_caption, images, k)
-        scores[f"I R@{k}"] = recall(images_for_captions, images, image_of_caption, k)
+    scores = {
+        **recalls("T", captions_for_images, image_of_caption, images),
+        **recalls("I", images_for_captions, images, image_of_caption),
+    }
     figures = {"T R@5": scores["T R@5"], "I R@5": scores["I R@5"]}
-    return Result(figures, {"images": len(images), "captions": len(captions)}, scores, {})
+    return Result(figures, {"images": len(images), "captions": len(captions)}, scores)
 
 
 def read_coco(data):
@@ -469,23 +474,23 @@ for line in PAPER_TEXT.strip().splitlines():
     PAPER[baseline.strip(), losses.strip()] = tuple(map(float, figures.split()))
 
 
-def paper_row(model):
+def paper_row(name):
     """The paper's row for a model, {"row": "openai + I:T", "figures": {column: ...}}, or None.
 
-    It is that of a baseline, or of a run of paraclip.py: its base model and losses.
+    It is that of a baseline, or of a run of paraclip.py: its --model and --loss.
     """
-    base = {"open_clip": model.open_clip_name, "pretrained": model.pretrained}
+    baseline = name
     losses = []
-    folder = model.open_clip_name.removeprefix("local-dir:")
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # it is no run
-        record = json.loads(Path(folder, "config.json").read_bytes())
-        losses = sorted(record["flags"]["loss"], key=paraclip.TERMS.index)
-        base = record["base_model"]
-    names = base["open_clip"], os.path.basename(base["pretrained"] or "")
-    for (baseline, terms), figures in PAPER.items():
-        if names == paraclip.BASELINES[baseline] and losses == terms.split():
-            return {"row": " + ".join([baseline, *losses]), "figures": dict(zip(COLUMNS, figures))}
-    return None
+    if name not in paraclip.BASELINES:
+        config = Path(name.removeprefix("local-dir:"), "config.json")
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # it is no run
+            flags = json.loads(config.read_bytes())["flags"]
+            losses = sorted(flags["loss"], key=paraclip.TERMS.index)
+            baseline = flags["model"]
+    figures = PAPER.get((baseline, " ".join(losses)))
+    if figures is None:
+        return None
+    return {"row": " + ".join([baseline, *losses]), "figures": dict(zip(COLUMNS, figures))}
 
 
 # ------------------------------------------------------------------ files below --data
@@ -630,10 +635,10 @@ def write_gallery(path, data, names, encoders):
     lines = [PAGE, f'<main style="grid-template-columns: repeat({len(names)}, max-content)">']
     lines += [f"<b>{html.escape(name)}</b>" for name in names]
     for pair in order[:3]:
-        for query in range(2):
-            lines.append(f"<h2>{'AB'[query]}: {html.escape(queries[query][pair])}</h2>")
-            for each in rankings:
-                best = [show_image(images[i], golds[pair]) for i in each[query][pair][:5]]
+        for letter, texts, *rankings_of_models in zip("AB", queries, *rankings):
+            lines.append(f"<h2>{letter}: {html.escape(texts[pair])}</h2>")
+            for each in rankings_of_models:
+                best = [show_image(images[item], golds[pair]) for item in each[pair][:5]]
                 lines.append(f"<div>{''.join(best)}</div>")
         lines += [f"<p>AO@10 of A and B: {100 * overlap:.1f}</p>" for overlap in overlaps[:, pair]]
     paraclip.write_file(path, "\n".join(lines).encode("utf-8", "replace"))
@@ -742,7 +747,7 @@ def main():
             "name": name,
             "fingerprint": model.fingerprint,
             "image_tower": model.image_tower,
-            "paper": paper_row(model),
+            "paper": paper_row(name),
             "tasks": tasks,
         })
         for task in args.tasks:
