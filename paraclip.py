@@ -199,12 +199,13 @@ class TextEncoder(torch.nn.Module):
         """
         logit_scale = self.clip.logit_scale
         lengths, order = self.lengths(tokens).sort()
-        size = self.micro_batch or len(tokens)
+        chunk_size = self.micro_batch or len(tokens)
         parts = 4 if self.micro_batch else 16  # 4, as the texts of a micro-batch are about as long
+        size = 32 * math.ceil(chunk_size / (32 * parts))  # texts of a part; 32: see mask()
         features = []
-        for chunk, chunk_lengths in zip(tokens[order].split(size), lengths.split(size)):
+        for chunk, chunk_lengths in zip(tokens[order].split(chunk_size), lengths.split(chunk_size)):
             with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):
-                features.append(self.encode(chunk, chunk_lengths, pad(chunk_lengths, parts)))
+                features.append(self.encode(chunk.split(size), chunk_lengths.split(size)))
         features = torch.cat(features)[self.send(order.argsort())]  # in the order of `tokens`
         return F.normalize(features.to(logit_scale.dtype), dim=-1), logit_scale.exp()
 
@@ -224,27 +225,27 @@ class TextEncoder(torch.nn.Module):
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
-    def encode_parts(self, tokens, lengths, padded):
-        """Sorted texts [n, 77] -> features [n, D], part by part through open_clip's own forward."""
+    def encode_parts(self, parts, lengths):
+        """Parts [m, 77] of n sorted texts -> [n, D], part by part by open_clip's own forward."""
         features = []
-        longest, counts = padded.unique_consecutive(return_counts=True)
-        for part, length in zip(tokens.split(counts.tolist()), longest):
-            features.append(self.clip.encode_text(self.send(part[:, :length])))
+        for tokens, part_lengths in zip(parts, lengths):
+            features.append(self.clip.encode_text(self.send(tokens[:, : part_lengths[-1]])))
         return torch.cat(features)
 
-    def encode_flat(self, tokens, lengths, padded):
-        """Sorted texts [n, 77] -> features [n, D] by CLIP's causal transformer.
+    def encode_flat(self, parts, lengths):
+        """Parts [m, 77] of n sorted texts -> [n, D] by CLIP's causal transformer.
 
         All tokens are one list [tokens, width], and only attention goes part by part: a GPU takes
         less time for few large products than for many small ones.
         """
         tower = self.tower
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)  # [n, 77]
+        tokens = torch.cat(parts)  # [n, 77]
+        padded = torch.cat([part[-1].expand(len(part)) for part in lengths])  # [n]
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
         kept = positions < padded[:, None]
-        ends = padded.cumsum(0) - padded + lengths - 1  # of each text, the end token's index
-        longest, counts = padded.unique_consecutive(return_counts=True)
-        sizes = (longest * counts).tolist()
-        masks = [self.mask(*part) for part in zip(longest.tolist(), counts.tolist())]
+        ends = padded.cumsum(0) - padded + torch.cat(lengths) - 1  # in the list, of each text
+        masks = [self.mask(int(part[-1]), len(part)) for part in lengths]
+        sizes = [int(part[-1]) * len(part) for part in lengths]
 
         x = tower.token_embedding(self.send(tokens[kept]))
         x = x + F.embedding(self.send(positions[kept]), tower.positional_embedding)
@@ -289,12 +290,6 @@ def is_causal(tower):
     blocks = tower.transformer.resblocks
     plain = all(type(block) is open_clip.transformer.ResidualAttentionBlock for block in blocks)
     return plain and isinstance(tower.text_projection, torch.nn.Parameter)
-
-
-def pad(lengths, parts):
-    """Sorted lengths [n] -> of each text the length of the longest in its part, [n]."""
-    size = 32 * math.ceil(len(lengths) / (32 * parts))  # see TextEncoder.mask
-    return torch.cat([part[-1].expand(len(part)) for part in lengths.split(size)])
 
 
 def make_optimizer(model, lr, weight_decay):
@@ -412,7 +407,7 @@ class Data:
 
     def __init__(self, model, args):
         rows = read_rows(args.rows)
-        ids = list(dict.fromkeys(row[0] for row in rows))
+        ids = sorted({row[0] for row in rows})
         index_of = dict(zip(ids, range(len(ids))))
         self.image_of = np.array([index_of[row[0]] for row in rows])
         self.checksum = sha256(rows)
@@ -509,17 +504,19 @@ def cached(name, items, shape, dtype, load, args, encode=torch.as_tensor):
     if rank == 0:
         lock = open_locked(args.cache / "lock", wait=True)
         if not path.exists():
-            np.save(done_path, np.zeros(len(blocks), bool))
-            # Zeros are written, not left out: a disk that is too small for the array shows now.
-            np.save(new_path, np.broadcast_to(np.zeros((), dtype), (len(items), *shape)))
-            new_path.replace(path)
+            with naming(path):
+                np.save(done_path, np.zeros(len(blocks), bool))
+                # Zeros are written, not left out: a disk that is too small shows now.
+                np.save(new_path, np.broadcast_to(np.zeros((), dtype), (len(items), *shape)))
+                new_path.replace(path)
     barrier()
     array = np.load(path, mmap_mode="r+")
     done = np.load(done_path, mmap_mode="r+")
     todo = [i for i in range(rank, len(blocks), ranks) if not done[i]]
     loader = load_in_workers(load, [items[blocks[i]] for i in todo], args.workers)
-    bar = progress(loader, name[:8], len(todo), unit=" items", unit_scale=BLOCK)
-    for i, loaded in zip(todo, bar):
+    kind = name.partition("-")[0]
+    bar = progress(loader, kind, len(todo), unit=f" {kind}", unit_scale=BLOCK)
+    for loaded, i in zip(bar, todo):
         array[blocks[i]] = encode(loaded)
         done[i] = True
     barrier()
@@ -544,13 +541,13 @@ def image_name(path):
 
 
 @functools.lru_cache(maxsize=16)
-def images_in(folder):
-    """{name: what opens it} of the images in a folder, or in the tar shard of the same name.
+def images_in(folder, with_shard):
+    """{name: what opens it} of the images in a folder, and in the tar shard of the same name.
 
     Names are with and without the ending. If two files have one name, nothing opens it.
     """
     found = {}
-    if os.path.isfile(f"{folder}.tar"):
+    if with_shard and os.path.isfile(f"{folder}.tar"):
         tar = tarfile.open(f"{folder}.tar", "r:")  # noqa: SIM115, it stays open
         with contextlib.suppress(tarfile.ReadError):  # of a shard that is cut off, what is there
             for member in tar:
@@ -571,7 +568,7 @@ def open_image(root, image_id):
     shard 00000.tar.
     """
     path = root / image_id
-    opener = images_in(path.parent).get(path.name)
+    opener = images_in(path.parent, with_shard="/" in image_id).get(path.name)
     if opener is None:
         raise FileNotFoundError(f"there is no {path}.* (nor in {path.parent}.tar), or two")
     return read_image(opener())
@@ -669,9 +666,9 @@ def find_model(name):
         return f"local-dir:{folder}", None
     open_clip_name, _, pretrained = name.partition(":")
     if open_clip_name not in open_clip.list_models():
-        raise InputError(f"model {name}: it is none of {', '.join(BASELINES)}, no folder with "
-                         "open_clip_config.json in it, and no MODEL:TAG or MODEL:FILE with a "
-                         "model of open_clip, such as ViT-B-32")
+        raise InputError(f"model {name}: it is none of {', '.join(BASELINES)}, no folder of a "
+                         "model (with open_clip_config.json), and no MODEL:TAG or MODEL:FILE with "
+                         "a MODEL of open_clip, such as ViT-B-32")
     return open_clip_name, pretrained
 
 
@@ -679,7 +676,7 @@ def load_model(name, device="cpu"):
     """The Model of a name, see --model. Raises InputError. Seeds torch's random numbers."""
     open_clip_name, pretrained = find_model(name)
     torch.manual_seed(0)  # for MODEL:random
-    with reading(f"model {name} (without a network, give a file: {open_clip_name}:FILE)"):
+    with naming(f"model {name} (without a network, give a file: {open_clip_name}:FILE)"):
         with warnings.catch_warnings():
             if name in BASELINES:  # their activations are as the paper's, see above
                 warnings.filterwarnings("ignore", "QuickGELU mismatch")
@@ -691,8 +688,7 @@ def load_model(name, device="cpu"):
             else:
                 clip = open_clip.create_model(open_clip_name, pretrained, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(open_clip_name)
-    two_towers = isinstance(clip, (open_clip.CLIP, open_clip.CustomTextCLIP))
-    if not two_towers or clip.logit_bias is not None:
+    if type(clip) not in (open_clip.CLIP, open_clip.CustomTextCLIP) or clip.logit_bias is not None:
         raise InputError(f"model {name}: it is no CLIP with two towers and a softmax loss")
     # The image tower is frozen. open_clip's lock_image_tower() would leave a timm tower's head.
     clip.visual.requires_grad_(False)
@@ -725,8 +721,8 @@ SAFE_GLOBALS = [
     np.dtype,
     *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"]},
 ]
-# What old files have among their weights: OpenAI's archives, and open_clip's with a RoBERTa.
-NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size",
+# What old files have among their weights: TorchScript archives, and open_clip's with a RoBERTa.
+NO_WEIGHTS = {"input_resolution", "context_length", "vocab_size", "attn_mask",
               "text.transformer.embeddings.position_ids"}
 
 
@@ -832,7 +828,7 @@ def check_settings(settings, output):
     run = [settings]
     if dist.get_rank() == 0 and (output / "state.pt").exists():
         path = output / "config.json"
-        with reading(path):
+        with naming(path):
             run = [json.loads(path.read_bytes())["settings"]]
     dist.broadcast_object_list(run)
     for key, value in settings.items():
@@ -861,7 +857,7 @@ def load_state(encoder, optimizer, output, log):
     step = 0
     path = output / "state.pt"
     if path.exists():
-        with reading(path):
+        with naming(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             encoder.load_state_dict(state["weights"], strict=False)  # without the frozen tower
             optimizer.load_state_dict(state["optimizer"])
@@ -903,7 +899,9 @@ def run(main):
     except Exception as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 says it first, and torchrun ends the others
-        if not isinstance(error, (InputError, OSError)):
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"{one_line(error)}; a --micro-batch needs less, for the same gradients"
+        elif not isinstance(error, (InputError, OSError)):
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -930,12 +928,12 @@ def sha256(values):
 
 
 @contextlib.contextmanager
-def reading(place):
-    """Turn any error while a file is read into one InputError that names `place`."""
+def naming(place):
+    """Turn any error of the block into one InputError that names `place`, a file say."""
     try:
         yield
     except Exception as error:  # noqa: BLE001, readers raise all kinds
-        raise InputError(f"{place}: can't be read: {one_line(error)}") from None
+        raise InputError(f"{place}: {one_line(error)}") from None
 
 
 def read_jsonl(path, parse):
@@ -1041,11 +1039,7 @@ def main():
         print(f"{trained:,} parameters are trained; images: {model.clip.visual.preprocess_cfg}")
         print(f"{len(data.rows):,} of {len(data.tokens):,} rows, steps {first_step:,} to "
               f"{data.steps:,}", flush=True)
-    try:
-        train(encoder, optimizer, data, first_step, args, log)
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"{one_line(error)}; --micro-batch 256 (or less) needs less memory, and "
-                         "gives the same gradients") from None
+    train(encoder, optimizer, data, first_step, args, log)
     if is_rank_0:
         export(model, args.output)
         print(f"done: {args.output} is an open_clip model, local-dir:{args.output}")

@@ -17,19 +17,19 @@ import paraclip
 from paraclip import PARACLIP
 
 
-def test_one_step_has_the_naive_gradients_in_both_towers(world, monkeypatch):
+def test_one_step_has_the_naive_gradients_in_both_towers(world, tmp_path, monkeypatch):
     """In chunks of images, which backward encodes again, and of texts cut to their length."""
     paraclip.set_up_ranks()
     monkeypatch.setattr(unfrozen, "IMAGES_AT_ONCE", 5)
-    rows = paraclip.read_rows([str(world / "rows.jsonl")])
+    args = f"--rows {world}/rows.jsonl --images {world}/images --output {tmp_path} --workers 0 --batch-size 12"
     clips = []
     for _ in range(2):
         model = paraclip.load_model(f"local-dir:{world}/clip")
         model.clip.visual.requires_grad_(True)
         clips.append(model.clip.double())
     clip, naive = clips
-    examples = unfrozen.Examples(rows, ["T", "T1", "T2"], model, world / "images")
-    tokens, pixels = examples[np.arange(12)]
+    data = unfrozen.Data(model, paraclip.parse_args(args.split()))
+    tokens, pixels = data.batch(np.arange(12))
 
     loss = unfrozen.total_loss(paraclip.TextEncoder(clip), tokens, pixels, PARACLIP)
     loss.backward()

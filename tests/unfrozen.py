@@ -18,25 +18,26 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import paraclip
-from paraclip import at_least, batches, cosine_lr, loss_terms
+from paraclip import batches, cosine_lr, loss_terms
 
 IMAGES_AT_ONCE = 100  # whose activations are in memory
 
 
-class Examples(paraclip.Examples):
+class Data(paraclip.Data):
     """Batches of texts and of pixels [n, 3, H, W], where paraclip.py has image features."""
 
-    def __init__(self, rows, kinds, model, images):
-        super().__init__(rows, kinds, model.tokenizer, None)
-        self.preprocess = model.preprocess
-        self.images = images
+    def __init__(self, model, args):
+        super().__init__(model, args)
+        self.ids = [row[0] for row in paraclip.read_rows(args.rows)]
+        self.model = model
+        self.images = args.images
 
-    def __getitem__(self, batch):
-        tokens, _ = super().__getitem__(batch)
+    def batch(self, indices):
+        tokens, _ = super().batch(indices)
         pixels = []
-        for index in self.rows.places[batch, 2]:
-            image = paraclip.open_image(self.images, self.rows.image_ids[index])
-            pixels.append(self.preprocess(image))
+        for row in self.rows[indices]:
+            image = self.model.preprocess(paraclip.open_image(self.images, self.ids[row]))
+            pixels.append(self.model.normalize(image / 255))
         return tokens, torch.stack(pixels)
 
 
@@ -64,28 +65,25 @@ def main():
         description=__doc__ + "\nThe other flags are paraclip.py's.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--image-lr", type=at_least(0, float), required=True, metavar="RATE",
+    parser.add_argument("--image-lr", type=float, required=True, metavar="RATE",
         help="learning rate of the image tower's first step")
     own, flags = parser.parse_known_args()
     args = paraclip.parse_args(flags)
     device = paraclip.set_up_ranks()
-    rows = paraclip.read_rows(args.rows)
     model = paraclip.load_model(args.model, device)
+    data = Data(model, args)
     encoder = paraclip.TextEncoder(model.clip, args.micro_batch, args.precision == "bf16")
     text_optimizer = paraclip.make_optimizer(encoder, args.lr, args.weight_decay)
     visual = model.clip.visual.requires_grad_(True)
     image_optimizer = paraclip.make_optimizer(visual, own.image_lr, args.weight_decay)
 
-    kinds = [kind for kind in paraclip.kinds_of(args.loss) if kind != "I"]
-    examples = Examples(rows, kinds, model, args.images)
-    steps = args.epochs * (len(examples) // args.batch_size)
-    order = batches(len(examples), args.batch_size, args.epochs, args.seed)
-    loader = paraclip.load_in_workers(examples, args.workers, batch_size=None, sampler=order)
-    bar = paraclip.progress(loader, "training both towers", steps, unit="step")
+    order = list(batches(len(data.rows), args.batch_size, args.epochs, args.seed))
+    loader = paraclip.load_in_workers(data.batch, order, args.workers)
+    bar = paraclip.progress(loader, "training both towers", data.steps, unit="step")
     for step, (tokens, pixels) in enumerate(bar):
         for optimizer, lr in ((text_optimizer, args.lr), (image_optimizer, own.image_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = cosine_lr(lr, step, steps)
+                group["lr"] = cosine_lr(lr, step, data.steps)
         loss = total_loss(encoder, tokens, pixels, args.loss)
         loss.backward()
         for optimizer in (text_optimizer, image_optimizer):
