@@ -33,7 +33,7 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 import paraclip
-from paraclip import InputError, image_name, reading
+from paraclip import InputError, image_name, naming
 
 # ------------------------------------------------------------------ metrics: appendix B
 
@@ -272,7 +272,7 @@ def read_aro(data, file_name):
     path = find(data, f"aro/{file_name}")
     folder = find(data, "aro/images")
     groups = collections.defaultdict(list)
-    with reading(path):
+    with naming(path):
         for entry in json.loads(path.read_bytes()):
             group = entry.get("relation_name") or "_".join(entry["attributes"])
             x, y, width, height = (entry[f"bbox_{key}"] for key in "xywh")
@@ -335,7 +335,7 @@ def read_sts(folder, task):
         sentences = find(folder, f"{task}-en-test/STS*.input.{subset}.txt")
         for row in read_table([1, 2, 0], golds, sentences):
             rows.append([subset, *row])
-    with reading(f"{folder}, {task}"):
+    with naming(f"{folder}, {task}"):
         return zip(*[(*row, float(gold)) for *row, gold in rows if gold.strip()])
 
 
@@ -345,7 +345,7 @@ def read_table(columns, *paths):
     Quotes are text, as is U+2028.
     """
     tables = []
-    with reading(paths[0]):
+    with naming(paths[0]):
         for path in paths:
             text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
             tables.append(text.removesuffix("\n").split("\n"))
@@ -409,7 +409,7 @@ def read_coco(data):
     folder = find(data, "coco/val2017")
     images = find_images(folder)
     captions_of = collections.defaultdict(list)
-    with reading(f"{path}, whose images are in {folder}"):
+    with naming(f"{path}, whose images are in {folder}"):
         content = json.loads(path.read_bytes())
         name_of = {entry["id"]: image_name(entry["file_name"]) for entry in content["images"]}
         for annotation in content["annotations"]:
@@ -572,7 +572,7 @@ class Encoders:
         loader = paraclip.load_in_workers(load, blocks, min(self.workers, len(blocks)))
         for loaded, block in zip(progress(loader, "images"), blocks):
             for item in itertools.compress(block, ~loaded[1]):  # again, to learn the reason
-                with reading(f"{item} (mend it, or remove it and what belongs to it)"):
+                with naming(f"{item} can't be read (mend or remove it)"):
                     self.model.preprocess(open_item(item))
             with torch.autocast(DEVICE, torch.bfloat16, enabled=self.text_encoder.bf16):
                 features = paraclip.encode_pixels(self.model, loaded)
@@ -668,7 +668,7 @@ def table(models):
         cells = dict.fromkeys(COLUMNS, "not run")
         for task, result in model["tasks"].items():
             for part, reason in result["not_run"].items():
-                notes[f"not run: {part}: {reason}; README.md has where it is from"] = None
+                notes[f"not run: {part}: {reason}; tests/README.md has where it is from"] = None
             star = ""
             if result["figures"] and not TASKS[task].counts.items() <= result["counts"].items():
                 star = "*"

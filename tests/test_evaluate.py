@@ -270,9 +270,9 @@ def test_damaged_and_missing_files(data, restored, file):
     ("paraphrased_retrieval.jsonl", "139", '"140"', 'jsonl:1: ValueError: image_id "140" is no'),
     ("coco/annotations/captions_val2017.json", '"image_id": 139', '"image_id": 7', "KeyError: 7"),
     ("coco/annotations/captions_val2017.json", NAMES[0], "1.jpg",
-     "coco/val2017: can't be read: KeyError: '1'"),
-    ("sts/STS12-en-test/STS.gs.MSRvid.txt", "\n5\n", "\nfive\n", "sts, STS12: can't be read"),
-    ("sts/STS12-en-test/STS.gs.MSRvid.txt", "\n5\n", "\n", "STS.gs.MSRvid.txt: can't be read"),
+     "coco/val2017: KeyError: '1'"),
+    ("sts/STS12-en-test/STS.gs.MSRvid.txt", "\n5\n", "\nfive\n", "sts, STS12: ValueError"),
+    ("sts/STS12-en-test/STS.gs.MSRvid.txt", "\n5\n", "\n", "STS.gs.MSRvid.txt: ValueError"),
 ])
 def test_bad_values(data, restored, file, old, new, error):
     good = (data / file).read_text()
@@ -332,7 +332,7 @@ def test_an_image_that_cannot_be_read_is_named_with_the_reason(data, models, tmp
     Image.new("RGB", (1, 99)).save(tmp_path / "thin.png")
     for name, reason in (("zero.jpg", "cannot identify"), ("cut.jpg", "[Tt]runcated"),
                          ("thin.png", "50 times"), ("none.jpg", "No such file")):
-        with pytest.raises(InputError, match=rf"{name}.* can't be read: .*{reason}") as error:
+        with pytest.raises(InputError, match=rf"{name}.* can't be read .*{reason}") as error:
             encoders.images([good, tmp_path / name])
         assert "\n" not in str(error.value)
     Image.new("CMYK", (9, 9)).save(tmp_path / "cmyk.jpg")
@@ -481,7 +481,7 @@ def test_a_finished_task_is_in_the_json_at_once(data, models, tmp_path, monkeypa
     name = f"coco/val2017/{NAMES[3]}"
     restored(name, (data / name).read_bytes()[:300])
     results = tmp_path / "results.json"
-    with pytest.raises(InputError, match=f"{NAMES[3]} .*: can't be read: "):
+    with pytest.raises(InputError, match=f"{NAMES[3]} can't be read "):
         main(monkeypatch, models[0], "--data", data, "--json", results, "--workers", 0,
              "--tasks", "sts", "coco")
     assert list(figures_in(results)[0]) == ["STS"]
