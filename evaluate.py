@@ -363,8 +363,8 @@ def imagenet(data, encoders):
     labels = [name.split("/")[0] for name in images]
     wnids = sorted(set(labels))
     if len(wnids) != 1000:
-        raise InputError(f"{folder}: {len(wnids)} folders n01440764, ... with images; all 1,000 are "
-                         "wanted, as their order names the classes")
+        raise InputError(f"{folder}: {len(wnids)} folders n01440764, ... with images; all 1,000 "
+                         "are wanted, as their order names the classes")
     image_features = encoders.images(images.values())
     rankings = rank_gallery(image_features, zero_shot_weights(encoders))
     scores = {f"top-{k}": recall(rankings, wnids, labels, k) for k in (1, 5)}
@@ -613,12 +613,13 @@ PAGE = """<!DOCTYPE html>
 body { font: 15px sans-serif; }
 main { display: grid; gap: 6px 20px; }
 p { margin: 0; }
+.caption { margin-bottom: 16px; }
 h2 { grid-column: 1 / -1; margin: 12px 0 0; font-size: 17px; }
 img { width: 104px; height: 104px; border: 4px solid lightgrey; }
 img.gold { border-color: #f0a800; }
 </style>
-<p><b>Figure 3</b> Queries A and B that mean the same, and each model's five best images. The image
-that the queries are about has a gold frame.</p>"""
+<p class="caption"><b>Figure 3</b> Queries A and B that mean the same, and each model's five best
+images. The image that the queries are about has a gold frame.</p>"""
 
 
 def write_gallery(path, data, names, encoders):
