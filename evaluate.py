@@ -247,6 +247,8 @@ def aro_accuracy(column, groups, counted, encoders):
 
     An answer is right if cos(crop, true caption) > cos(crop, false caption): a tie is wrong.
     """
+    if not counted:
+        raise InputError(f"{column}: none of its {len(groups)} groups of examples counts")
     crops, true_captions, false_captions = zip(*itertools.chain(*counted.values()))
     image_features = encoders.images(crops)
     true_cosines = (image_features * encoders.texts(true_captions)).sum(1)
@@ -739,7 +741,7 @@ def main():
     versions = {package.__name__: package.__version__ for package in (torch, open_clip, scipy)}
     report = {"flags": vars(args), "device": DEVICE, "versions": versions, "models": []}
     image_features = collections.defaultdict(dict)  # of each image tower
-    shown = []  # in Figure 3
+    in_gallery = []
     for name in args.models:
         model = paraclip.load_model(name, DEVICE)
         encoders = Encoders(model, image_features[model.image_tower], args)
@@ -760,12 +762,12 @@ def main():
             if args.json:
                 paraclip.write_json(args.json, report)
             scores = {**result.figures, **result.sub_scores}
-            found = [f"{key} {scores[key]:.1f}" for key in scores if key in COLUMNS or "R@" in key]
-            print(f"{name}: {task}: {', '.join(found) or 'not run'}", flush=True)
-        shown = [*shown, encoders][:2]
+            shown = [f"{key} {scores[key]:.1f}" for key in scores if key in COLUMNS or "R@" in key]
+            print(f"{name}: {task}: {', '.join(shown) or 'not run'}", flush=True)
+        in_gallery = [*in_gallery, encoders][:2]
     print(f"\n{table(report['models'])}")
     if args.gallery:
-        write_gallery(args.gallery, args.data, args.models[:2], shown)
+        write_gallery(args.gallery, args.data, args.models[:2], in_gallery)
 
 
 if __name__ == "__main__":
