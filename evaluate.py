@@ -602,7 +602,7 @@ def open_item(item):
 
 
 # A bar for what takes longer than 3 seconds.
-progress = functools.partial(tqdm, delay=3, leave=False, mininterval=1)
+progress = functools.partial(tqdm, delay=3, leave=False, mininterval=5)
 
 
 # ------------------------------------------------------------------ Figure 3
