@@ -3,23 +3,25 @@
 All that there is of the benchmarks below --data:
     python evaluate.py openai runs/openai --data benchmarks/ --json results.json
 Your own photos in mine/images, your own pairs in mine/paraphrased_retrieval.jsonl:
-    python evaluate.py openai runs/openai --data mine/ --tasks paraphrase --gallery figure3.png
+    python evaluate.py openai runs/openai --data mine/ --tasks paraphrase --gallery figure3.html
 
 The table has a row for each model, with the paper's figures for it and the differences to the
 first model below. A benchmark that is not below --data says `not run`, and which file it wants.
 """
 
 import argparse
+import base64
 import collections
+import contextlib
 import dataclasses
+import functools
+import html
 import io
+import itertools
 import json
 import os
 import re
-import sys
-import textwrap
-import time
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -27,11 +29,11 @@ import open_clip
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ImageOps
 from tqdm import tqdm
 
 import paraclip
-from paraclip import InputError, reading
+from paraclip import InputError, image_name, naming
 
 # ------------------------------------------------------------------ metrics: appendix B
 
@@ -62,9 +64,13 @@ def recall(rankings, item_labels, query_labels, k):
     hits = []
     for ranking, label in zip(rankings, query_labels):
         if label is not None:
-            first_labels = [item_labels[item] for item in ranking[:k]]
-            hits.append(label in first_labels)
+            hits.append(label in [item_labels[item] for item in ranking[:k]])
     return 100 * fmean(hits)
+
+
+def recalls(name, rankings, item_labels, query_labels):
+    """{"T R@1": percent, "T R@5": ..., "T R@10": ...} for the name "T"."""
+    return {f"{name} R@{k}": recall(rankings, item_labels, query_labels, k) for k in (1, 5, 10)}
 
 
 def spearman(cosines, golds):
@@ -99,96 +105,93 @@ def rank_gallery(queries, gallery, k=10):
     for block in queries.split(256):  # the n x m cosines need not fit in memory
         cosines = block @ gallery.T
         order = cosines.sort(descending=True, stable=True).indices
-        rankings.extend(order[:, :k].tolist())
+        rankings += order[:, :k].tolist()
     return rankings
 
 
 # ------------------------------------------------------------------ the benchmarks of section 3.2
-# Each benchmark reads its files, encodes them, and returns
-#   figures     {column of Table 1: percent}
-#   counts      {what: how many}
-#   sub_scores  {name: percent}; of STS and VG, dicts of them too
-# It is given encode_texts(n texts) and encode_images(n pairs (path, box or None)), which return
-# features [n, D], fixed_point; see make_encoders.
+# Each benchmark is given the folder --data and the Encoders of a model, and returns its Result.
+# They raise NotThere for a missing file, and InputError for one that can't be used.
 
 
-def paraphrased_retrieval(data, encode_texts, encode_images):
+@dataclasses.dataclass
+class Result:
+    """What a benchmark found; in the JSON file as it stands here."""
+
+    figures: dict  # {column of Table 1: percent}
+    counts: dict  # {what: how many}
+    sub_scores: dict  # {name: percent}; of STS and VG, dicts of them too
+    not_run: dict = dataclasses.field(default_factory=dict)  # {what: why}
+
+
+def paraphrased_retrieval(data, encoders):
     """Columns AO@10 and JS@10: are the ten best images for a query those for its paraphrase?
 
     Both are means over the pairs, in percent. Where pairs name their gold image, its recall is
     among the sub-scores.
     """
-    images, pairs = read_paraphrases(data)
-    for_queries, for_paraphrases = rank_paraphrases(images, pairs, encode_texts, encode_images)
-    sub_scores = {}
+    images, queries, golds = read_paraphrases(data)
+    for_queries, for_paraphrases = rank_paraphrases(images, queries, encoders)
+    scores = {}
     for k in range(1, 11):
-        overlaps = []
-        similarities = []
-        for a, b in zip(for_queries, for_paraphrases):
-            overlaps.append(average_overlap(a[:k], b[:k]))
-            similarities.append(jaccard(a[:k], b[:k]))
-        sub_scores[f"AO@{k}"] = 100 * fmean(overlaps)
-        sub_scores[f"JS@{k}"] = 100 * fmean(similarities)
+        lists = [(a[:k], b[:k]) for a, b in zip(for_queries, for_paraphrases)]
+        scores[f"AO@{k}"] = 100 * fmean(itertools.starmap(average_overlap, lists))
+        scores[f"JS@{k}"] = 100 * fmean(itertools.starmap(jaccard, lists))
+    figures = {"AO@10": scores["AO@10"], "JS@10": scores["JS@10"]}
 
-    golds = [gold for _, _, gold in pairs]
     with_gold = len(golds) - golds.count(None)
     if with_gold:
-        image_labels = range(len(images))
-        for k in (1, 5, 10):
-            sub_scores[f"query R@{k}"] = recall(for_queries, image_labels, golds, k)
-            sub_scores[f"paraphrase R@{k}"] = recall(for_paraphrases, image_labels, golds, k)
-    return {
-        "figures": {"AO@10": sub_scores["AO@10"], "JS@10": sub_scores["JS@10"]},
-        "counts": {"pairs": len(pairs), "images": len(images), "pairs_with_gold": with_gold},
-        "sub_scores": sub_scores,
-    }
+        scores.update(recalls("query", for_queries, images, golds))
+        scores.update(recalls("paraphrase", for_paraphrases, images, golds))
+    counts = {"pairs": len(golds), "images": len(images), "pairs_with_gold": with_gold}
+    return Result(figures, counts, scores)
 
 
-def rank_paraphrases(images, pairs, encode_texts, encode_images):
+def rank_paraphrases(images, queries, encoders):
     """The ten best images for each query, and for each paraphrase: two lists of rankings."""
-    queries, paraphrases, _ = zip(*pairs)
-    gallery = encode_images([(path, None) for path in images])
-    for_queries = rank_gallery(encode_texts(queries), gallery)
-    for_paraphrases = rank_gallery(encode_texts(paraphrases), gallery)
-    return for_queries, for_paraphrases
+    gallery = encoders.images(images)
+    return [rank_gallery(encoders.texts(texts), gallery) for texts in queries]
 
 
 def read_paraphrases(data):
-    """The paths of the gallery's images, and (query, paraphrase, gold) of each pair.
+    """The paths of the gallery's images, [queries, paraphrases], and their golds.
 
-    gold: the index of the pair's image in the gallery, or None. The gallery is COCO val2017, or
+    A gold is the path of the image that a pair is about, or None. The gallery is COCO val2017, or
     else the user's own photos.
     """
     path = find(data, "paraphrased_retrieval.jsonl")
-    folder = Path(data, "coco/val2017")
+    folder = data / "coco/val2017"
     if not folder.exists():
         folder = find(data, "images")
     images = find_images(folder)
-    index_of = {name: index for index, name in enumerate(images)}
 
     def parse_pair(line):
         row = json.loads(line)
-        if "query" not in row:  # a row of generate.py
-            row["query"] = row["caption"]
-            row["paraphrase"] = row["paraphrase_1"]
-        if not row["query"].strip() or not row["paraphrase"].strip():
-            raise ValueError("a text is blank")
-        gold = None
-        if row.get("image_id") is not None:
-            image_id = str(row["image_id"])
-            gold = index_of.get(image_name(image_id))
-            if gold is None and image_id.isdigit():
-                gold = index_of.get(image_id.zfill(12))  # COCO's ids lack its names' zeros
-            if gold is None:
-                raise ValueError(f'image_id "{image_id}" is no image of {folder}; leave '
-                                 "image_id out where a pair has no gold image")
-        return row["query"], row["paraphrase"], gold
+        query = row.get("query") or row["caption"]  # or else it is a row of generate.py
+        paraphrase = row.get("paraphrase") or row["paraphrase_1"]
+        return query, paraphrase, find_gold(row.get("image_id"), folder)
 
-    pairs = [pair for _, pair in paraclip.read_jsonl(path, parse_pair)]
+    pairs = list(paraclip.read_jsonl(path, parse_pair))
     if not pairs or len(images) < 10:
         raise InputError(f"{path}: {len(pairs)} pairs, and {len(images)} images in {folder}; "
                          "AO@10 takes one pair and ten images at least")
-    return list(images.values()), pairs
+    *queries, golds = zip(*pairs)
+    return list(images.values()), queries, golds
+
+
+def find_gold(image_id, folder):
+    """The path of the image that a pair names, or None if it names none. Raises ValueError."""
+    if image_id is None:
+        return None
+    name = str(image_id)
+    if folder.name == "val2017":  # flat, while the id may have folders before the name
+        name = os.path.basename(name)
+    images = find_images(folder)
+    for candidate in (name, image_name(name), name.zfill(12)):  # COCO's ids may lack zeros
+        if candidate in images:
+            return images[candidate]
+    raise ValueError(f'image_id "{image_id}" is no image of {folder}; leave image_id out where a '
+                     "pair has no gold image")
 
 
 # Relations that ARO leaves out as symmetric: "X next to Y" and "Y next to X" may both be true.
@@ -219,72 +222,65 @@ SYMMETRIC_TEXT = """
 SYMMETRIC = frozenset(re.split(r",\s+", SYMMETRIC_TEXT.strip()))
 
 
-def vg_relation(data, encode_texts, encode_images):
+def vg_relation(data, encoders):
     """Column VG-R: does the crop fit "X relation Y" better than "Y relation X"?
 
     The mean of the accuracies of all relations but the symmetric ones, in percent.
     """
-    examples = read_aro(data, "visual_genome_relation.json", "relation_name")
-    relations = {relation for relation, *_ in examples}
-    return aro_accuracy("VG-R", examples, relations - SYMMETRIC, encode_texts, encode_images)
+    groups = read_aro(data, "visual_genome_relation.json")
+    counted = {name: groups[name] for name in groups if name not in SYMMETRIC}
+    return aro_accuracy("VG-R", groups, counted, encoders)
 
 
-def vg_attribution(data, encode_texts, encode_images):
+def vg_attribution(data, encoders):
     """Column VG-A: does the crop fit its caption better than with the two attributes swapped?
 
     The mean of the accuracies of all pairs of attributes with 25 examples or more, in percent.
     """
-    examples = read_aro(data, "visual_genome_attribution.json", "attributes")
-    sizes = collections.Counter(attributes for attributes, *_ in examples)
-    frequent = {attributes for attributes, size in sizes.items() if size >= 25}
-    return aro_accuracy("VG-A", examples, frequent, encode_texts, encode_images)
+    groups = read_aro(data, "visual_genome_attribution.json")
+    counted = {name: groups[name] for name in groups if len(groups[name]) >= 25}
+    return aro_accuracy("VG-A", groups, counted, encoders)
 
 
-def aro_accuracy(column, examples, counted, encode_texts, encode_images):
-    """The mean accuracy of the groups in `counted`, in percent; other groups are left out.
+def aro_accuracy(column, groups, counted, encoders):
+    """The mean accuracy of the groups in `counted`, in percent; the other groups are left out.
 
     An answer is right if cos(crop, true caption) > cos(crop, false caption): a tie is wrong.
     """
-    used = [(group, *example) for group, *example in examples if group in counted]
-    if not used:
-        raise InputError(f"{column}: none of {len(examples)} examples is in a group that counts")
-    groups, crops, true_captions, false_captions = zip(*used)
-    image_features = encode_images(crops)
-    true_cosines = (image_features * encode_texts(true_captions)).sum(1)
-    false_cosines = (image_features * encode_texts(false_captions)).sum(1)
-    right = (true_cosines > false_cosines).tolist()
-
-    answers = collections.defaultdict(list)
-    for group, answer in zip(groups, right):
-        answers[group].append(answer)
-    accuracy = {group: 100 * fmean(answers[group]) for group in sorted(answers)}
+    if not counted:
+        raise InputError(f"{column}: none of its {len(groups)} groups of examples counts")
+    crops, true_captions, false_captions = zip(*itertools.chain(*counted.values()))
+    image_features = encoders.images(crops)
+    true_cosines = (image_features * encoders.texts(true_captions)).sum(1)
+    false_cosines = (image_features * encoders.texts(false_captions)).sum(1)
+    right = (true_cosines > false_cosines).double()
+    accuracy = {}
+    sizes = [len(examples) for examples in counted.values()]
+    for group, part in zip(counted, right.split(sizes)):
+        accuracy[group] = 100 * part.mean().item()
     macro = fmean(accuracy.values())
-    return {
-        "figures": {column: macro},
-        "counts": {"pairs": len(examples), "pairs_counted": len(used), "groups": len(accuracy)},
-        "sub_scores": {"macro": macro, "micro": 100 * fmean(right), "by_group": accuracy},
-    }
+    pairs = sum(map(len, groups.values()))
+    counts = {"pairs": pairs, "pairs_counted": len(right), "groups": len(accuracy)}
+    micro = 100 * right.mean().item()
+    sub_scores = {"macro": macro, "micro": micro, "by_group": accuracy}
+    return Result({column: macro}, counts, sub_scores)
 
 
-def read_aro(data, file_name, group_key):
-    """The examples of one of ARO's two files: (group, crop, true caption, false caption).
+def read_aro(data, file_name):
+    """One of ARO's two files, {group: its examples (crop, true caption, false caption)}.
 
     group: the relation, or the two attributes in their order. crop: (path, box in pixels).
     """
     path = find(data, f"aro/{file_name}")
     folder = find(data, "aro/images")
-    examples = []
-    with reading(path):
+    groups = collections.defaultdict(list)
+    with naming(path):
         for entry in json.loads(path.read_bytes()):
-            group = entry[group_key]
-            if group_key == "attributes":
-                group = "_".join(group)
-            x = entry["bbox_x"]
-            y = entry["bbox_y"]
-            box = (x, y, x + entry["bbox_w"], y + entry["bbox_h"])
-            crop = (folder / entry["image_path"], box)
-            examples.append((group, crop, entry["true_caption"], entry["false_caption"]))
-    return examples
+            group = entry.get("relation_name") or "_".join(entry["attributes"])
+            x, y, width, height = (entry[f"bbox_{key}"] for key in "xywh")
+            crop = folder / entry["image_path"], (x, y, x + width, y + height)
+            groups[group].append((crop, entry["true_caption"], entry["false_caption"]))
+    return groups
 
 
 # The seven tasks, and the sub-sets of each year. Files of other sub-sets are not read: STS13's
@@ -300,166 +296,128 @@ STS = {
 }
 
 
-def sts(data, encode_texts, _):
+def sts(data, encoders):
     """Column STS: Spearman's rho of cosines and gold scores in percent, mean over the tasks.
 
     Only pairs with a gold score are scored. All sub-sets of a year are one list, the 'all'
-    setting. A task without its files is left out of the mean, and is in not_run.
+    setting. A task without all its files is left out of the mean, and is in not_run.
     """
-    find(data, "sts")
-    result = {"figures": {}, "counts": {}, "sub_scores": {}, "not_run": {}}
+    folder = find(data, "sts")
+    result = Result({}, {}, {})
     for task in STS:
         try:
-            pairs = read_sts(data, task)
+            subsets, first, second, golds = read_sts(folder, task)
         except NotThere as missing:
-            result["not_run"][task] = str(missing)
+            result.not_run[task] = str(missing)
             continue
-        subsets, first, second, golds = zip(*pairs)
-        first_features, second_features = encode_texts(first + second).chunk(2)
+        cosines = (encoders.texts(first) * encoders.texts(second)).sum(1)
         # Rounded to 6 decimals: a text's cosine with itself is 1 only up to 2^-26, and must tie.
-        cosines = (first_features * second_features).sum(1).round(decimals=6).tolist()
-        rho = {"all": spearman(cosines, golds)}
-        if rho["all"] is None:
-            raise InputError(f"{task}: Spearman's rho is undefined, all cosines or all gold scores "
-                             "are equal")
-        for subset in dict.fromkeys(subsets):
-            members = [index for index, name in enumerate(subsets) if name == subset]
-            rho[subset] = spearman(np.take(cosines, members), np.take(golds, members))
-        result["counts"][task] = len(pairs)
-        result["sub_scores"][task] = rho
-    if result["counts"]:
-        result["figures"]["STS"] = fmean(rho["all"] for rho in result["sub_scores"].values())
+        cosines = cosines.round(decimals=6).tolist()
+        scored = collections.defaultdict(list)
+        for subset, *scores in zip(subsets, cosines, golds):
+            scored["all"].append(scores)
+            scored[subset].append(scores)
+        result.sub_scores[task] = {name: spearman(*zip(*scored[name])) for name in scored}
+        result.counts[task] = len(golds)
+    if result.counts:
+        result.figures["STS"] = fmean(rho["all"] for rho in result.sub_scores.values())
     return result
 
 
-def read_sts(data, task):
-    """The scored pairs of a task: (sub-set, sentence 1, sentence 2, gold score from 0 to 5)."""
-    pairs = []
-    if task == "STS-B":  # no header: genre, file, year, id, score, sentence 1, sentence 2, sources
-        path = find(data, "sts/STSBenchmark/sts-test.csv")
-        with reading(path):
-            for genre, _, _, _, gold, first, second, *_ in read_table(path):
-                pairs.append((genre, first, second, gold_score(gold)))
-    elif task == "SICK-R":
-        path = find(data, "sts/SICK/SICK_test_annotated.txt")
-        with reading(path):
-            header, *rows = read_table(path)
-            for row in rows:
-                cells = dict(zip(header, row))
-                gold = gold_score(cells["relatedness_score"])
-                pairs.append(("test", cells["sentence_A"], cells["sentence_B"], gold))
-    else:
-        for subset in STS[task].split():
-            pairs += read_subset(data, task, subset)
-    if not pairs:
-        raise InputError(f"{data}/sts: {task} has no pair of sentences with a gold score")
-    return pairs
+def read_sts(folder, task):
+    """Of the scored pairs of a task: sub-sets, first sentences, second sentences, gold scores."""
+    rows = []
+    if task == "STS-B":  # no header: genre, file, year, id, score, sentence 1, sentence 2, ...
+        rows = read_table([0, 5, 6, 4], find(folder, "STSBenchmark/sts-test.csv"))
+    if task == "SICK-R":  # a header: pair_ID, sentence_A, sentence_B, relatedness_score, ...
+        for row in read_table([1, 2, 3], find(folder, "SICK/SICK_test_annotated.txt"))[1:]:
+            rows.append(["test", *row])
+    for subset in STS[task].split():  # the files are named STS.* or STS20xx.*
+        golds = find(folder, f"{task}-en-test/STS*.gs.{subset}.txt")
+        sentences = find(folder, f"{task}-en-test/STS*.input.{subset}.txt")
+        for row in read_table([1, 2, 0], golds, sentences):
+            rows.append([subset, *row])
+    with naming(f"{folder}, {task}"):
+        return zip(*[(*row, float(gold)) for *row, gold in rows if gold.strip()])
 
 
-def read_subset(data, task, subset):
-    """The scored pairs of a year's sub-set. A pair whose gold score is empty is not scored."""
-    folder = f"sts/{task}-en-test"
-    prefix = "STS"
-    if Path(data, folder, f"STS20{task[3:]}.gs.{subset}.txt").exists():
-        prefix = f"STS20{task[3:]}"
-    sentences_path = find(data, f"{folder}/{prefix}.input.{subset}.txt")
-    golds_path = find(data, f"{folder}/{prefix}.gs.{subset}.txt")
-    pairs = []
-    with reading(f"{data}/{folder}, {subset}"):
-        sentences = read_table(sentences_path)
-        golds = read_table(golds_path)
-        if len(sentences) != len(golds):
-            raise InputError(f"{golds_path}: {len(golds)} lines, for {len(sentences)} pairs")
-        for (first, second, *_), (gold, *_) in zip(sentences, golds):
-            if gold.strip():
-                pairs.append((subset, first, second, gold_score(gold)))
-    return pairs
+def read_table(columns, *paths):
+    """The cells of some columns of tab-separated files, which are laid side by side.
+
+    Quotes are text, as is U+2028.
+    """
+    tables = []
+    with naming(paths[0]):
+        for path in paths:
+            text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+            tables.append(text.removesuffix("\n").split("\n"))
+        rows = ["\t".join(lines).split("\t") for lines in zip(*tables, strict=True)]
+        return [[row[column] for column in columns] for row in rows]
 
 
-def imagenet(data, encode_texts, encode_images):
+def imagenet(data, encoders):
     """Column Clsf: top-1 accuracy in percent on the validation images of ImageNet-1K.
 
     The sorted folders, a wnid each, are the classes in open_clip's order.
     """
     folder = find(data, "imagenet/val")
-    classes = len(open_clip.IMAGENET_CLASSNAMES)
-    wnids = sorted(folder.glob("n" + 8 * "[0-9]"))
-    paths = []
-    labels = []
-    for label, wnid in enumerate(wnids):
-        for path in find_images(wnid).values():
-            paths.append(path)
-            labels.append(label)
-    if len(wnids) != classes or not paths:
-        raise InputError(f"{folder}: {len(paths)} images in {len(wnids)} folders n01440764, ...; "
-                         f"all {classes} are wanted, as their order names the classes")
-    image_features = encode_images([(path, None) for path in paths])
-    rankings = rank_gallery(image_features, zero_shot_weights(encode_texts))
-    top_1 = recall(rankings, range(classes), labels, 1)
-    top_5 = recall(rankings, range(classes), labels, 5)
-    return {
-        "figures": {"Clsf": top_1},
-        "counts": {"images": len(paths), "classes": classes},
-        "sub_scores": {"top-1": top_1, "top-5": top_5},
-    }
+    images = find_images(folder)
+    labels = [name.split("/")[0] for name in images]
+    wnids = sorted(set(labels))
+    if len(wnids) != 1000:
+        raise InputError(f"{folder}: {len(wnids)} folders n01440764, ... with images; all 1,000 "
+                         "are wanted, as their order names the classes")
+    image_features = encoders.images(images.values())
+    rankings = rank_gallery(image_features, zero_shot_weights(encoders))
+    scores = {f"top-{k}": recall(rankings, wnids, labels, k) for k in (1, 5)}
+    counts = {"images": len(images), "classes": len(wnids)}
+    return Result({"Clsf": scores["top-1"]}, counts, scores)
 
 
-def zero_shot_weights(encode_texts):
+def zero_shot_weights(encoders):
     """[1000, D]: for each class, the normalised mean feature of its name in CLIP's 80 templates."""
+    templates = open_clip.OPENAI_IMAGENET_TEMPLATES
     prompts = []
     for name in open_clip.IMAGENET_CLASSNAMES:
-        for template in open_clip.OPENAI_IMAGENET_TEMPLATES:
-            prompts.append(template(name))
-    features = encode_texts(prompts)
-    return fixed_point(features.unflatten(0, (len(open_clip.IMAGENET_CLASSNAMES), -1)).mean(1))
+        prompts += [template(name) for template in templates]
+    return fixed_point(encoders.texts(prompts).unflatten(0, (-1, len(templates))).mean(1))
 
 
-def coco(data, encode_texts, encode_images):
+def coco(data, encoders):
     """Columns T R@5 and I R@5, in percent, on COCO val2017 with the first five captions an image.
 
     T R@5: for how many images is one of their captions among the five best of all captions?
     I R@5: for how many captions is their image among the five best of all images?
     """
-    paths, captions, image_of_caption = read_coco(data)
-    image_features = encode_images([(path, None) for path in paths])
-    caption_features = encode_texts(captions)
+    captions_of = read_coco(data)
+    images = list(captions_of)
+    captions = list(itertools.chain(*captions_of.values()))
+    image_of_caption = [image for image in images for _ in captions_of[image]]
+    image_features = encoders.images(images)
+    caption_features = encoders.texts(captions)
     captions_for_images = rank_gallery(image_features, caption_features)
     images_for_captions = rank_gallery(caption_features, image_features)
-    images = range(len(paths))
-    scores = {}
-    for k in (1, 5, 10):
-        scores[f"T R@{k}"] = recall(captions_for_images, image_of_caption, images, k)
-        scores[f"I R@{k}"] = recall(images_for_captions, images, image_of_caption, k)
-    return {
-        "figures": {"T R@5": scores["T R@5"], "I R@5": scores["I R@5"]},
-        "counts": {"images": len(paths), "captions": len(captions)},
-        "sub_scores": scores,
+    scores = {
+        **recalls("T", captions_for_images, image_of_caption, images),
+        **recalls("I", images_for_captions, images, image_of_caption),
     }
+    figures = {"T R@5": scores["T R@5"], "I R@5": scores["I R@5"]}
+    return Result(figures, {"images": len(images), "captions": len(captions)}, scores)
 
 
 def read_coco(data):
-    """The paths of the images, all captions, and of each caption the index of its image."""
+    """{image's path: its first five captions}, sorted."""
     path = find(data, "coco/annotations/captions_val2017.json")
     folder = find(data, "coco/val2017")
-    with reading(path):
+    images = find_images(folder)
+    captions_of = collections.defaultdict(list)
+    with naming(f"{path}, whose images are in {folder}"):
         content = json.loads(path.read_bytes())
         name_of = {entry["id"]: image_name(entry["file_name"]) for entry in content["images"]}
-        captions_of = collections.defaultdict(list)
         for annotation in content["annotations"]:
-            captions_of[name_of[annotation["image_id"]]].append(annotation["caption"])
-    paths = []
-    captions = []
-    image_of_caption = []
-    for name, image in find_images(folder).items():
-        if name in captions_of:
-            for caption in captions_of[name][:5]:
-                captions.append(caption)
-                image_of_caption.append(len(paths))
-            paths.append(image)
-    if len(paths) < max(1, len(name_of)):
-        raise InputError(f"{path}: of its {len(name_of)} images only {len(paths)} have a caption "
-                         f"and are in {folder}")
-    return paths, captions, image_of_caption
+            image = images[name_of[annotation["image_id"]]]
+            captions_of[image].append(annotation["caption"])
+    return {image: captions_of[image][:5] for image in sorted(captions_of)}
 
 
 # ------------------------------------------------------------------ Table 1 and Table 2
@@ -486,257 +444,218 @@ TASKS = {  # in Table 1's order
     ),
     "imagenet": Task(imagenet, "imagenet/val", {"images": 50000}),
     "coco": Task(
-        coco,
-        "coco/annotations/captions_val2017.json",
-        {"images": 5000, "captions": 25000},
+        coco, "coco/annotations/captions_val2017.json", {"images": 5000, "captions": 25000}
     ),
 }
 COLUMNS = ["AO@10", "JS@10", "VG-R", "VG-A", "STS", "Clsf", "T R@5", "I R@5"]
-
 PARACLIP = " ".join(paraclip.PARACLIP)  # L1'' + L2 + L3
-PAPER = {  # (baseline, terms of the loss that it was fine-tuned with): Table 1's columns
-    ("openai", ""): (67.2, 57.7, 59.7, 63.2, 65.1, 63.4, 75.0, 54.8),
-    # in Table 2, the VG-R of this model is 60.4 and its VG-A 64.2
-    ("openai", PARACLIP): (72.2, 63.3, 60.7, 64.3, 72.2, 63.5, 77.0, 58.8),
-    ("openclip-400m", ""): (67.6, 58.9, 46.4, 57.8, 67.2, 60.2, 76.5, 59.4),
-    ("openclip-400m", PARACLIP): (71.3, 62.9, 55.4, 61.7, 70.1, 60.8, 76.1, 59.4),
-    ("openclip-2b", ""): (70.6, 62.1, 45.0, 61.8, 69.6, 66.5, 80.2, 64.8),
-    ("openclip-2b", PARACLIP): (73.2, 65.1, 58.8, 65.4, 71.6, 65.5, 80.4, 63.3),
-    ("openclip-roberta", ""): (72.5, 64.0, 35.6, 64.5, 71.0, 61.8, 78.8, 62.6),
-    ("openclip-roberta", PARACLIP): (74.5, 66.2, 43.2, 66.5, 72.5, 61.4, 79.4, 62.0),
-    ("laclip", ""): (69.9, 62.1, 50.6, 63.6, 58.8, 64.5, 68.1, 55.5),
-    ("laclip", PARACLIP): (73.5, 65.8, 60.6, 64.6, 71.4, 64.5, 73.6, 58.0),
-    # Table 2, the rows that are not in Table 1
-    ("openai", "I:T"): (68.9, 59.9, 58.0, 62.4, 68.7, 63.7, 75.8, 58.0),
-    ("openai", "T:T1 T1:T2"): (70.5, 61.2, 61.5, 65.1, 74.5, 56.7, 74.6, 51.8),
-    ("openai", "I:T I:T1"): (70.4, 61.7, 58.2, 63.0, 69.1, 64.0, 76.3, 58.7),
-    ("openai", "I:T I:T1 I:T2"): (71.3, 62.8, 58.9, 63.4, 68.8, 64.1, 76.4, 58.8),
-    ("openai", "I:T T:T1"): (69.1, 60.0, 59.1, 63.3, 71.8, 63.5, 76.1, 58.2),
-    ("openai", "I:T1 T:T1"): (70.8, 62.0, 60.4, 64.0, 71.6, 63.7, 76.4, 58.6),
-    ("openai", "I:T T:T1 T1:T2"): (69.6, 60.5, 59.2, 63.4, 72.4, 63.1, 76.4, 58.1),
-}
+# Table 1, and the rows of Table 2 that are not in it: the baseline, the losses that it was
+# fine-tuned with, and the columns. In Table 2, ParaCLIP's VG-R is 60.4 and its VG-A 64.2.
+PAPER_TEXT = """
+openai           |                  | 67.2 57.7 59.7 63.2 65.1 63.4 75.0 54.8
+openai           | I:T2 T:T1 T1:T2  | 72.2 63.3 60.7 64.3 72.2 63.5 77.0 58.8
+openclip-400m    |                  | 67.6 58.9 46.4 57.8 67.2 60.2 76.5 59.4
+openclip-400m    | I:T2 T:T1 T1:T2  | 71.3 62.9 55.4 61.7 70.1 60.8 76.1 59.4
+openclip-2b      |                  | 70.6 62.1 45.0 61.8 69.6 66.5 80.2 64.8
+openclip-2b      | I:T2 T:T1 T1:T2  | 73.2 65.1 58.8 65.4 71.6 65.5 80.4 63.3
+openclip-roberta |                  | 72.5 64.0 35.6 64.5 71.0 61.8 78.8 62.6
+openclip-roberta | I:T2 T:T1 T1:T2  | 74.5 66.2 43.2 66.5 72.5 61.4 79.4 62.0
+laclip           |                  | 69.9 62.1 50.6 63.6 58.8 64.5 68.1 55.5
+laclip           | I:T2 T:T1 T1:T2  | 73.5 65.8 60.6 64.6 71.4 64.5 73.6 58.0
+openai           | I:T              | 68.9 59.9 58.0 62.4 68.7 63.7 75.8 58.0
+openai           | T:T1 T1:T2       | 70.5 61.2 61.5 65.1 74.5 56.7 74.6 51.8
+openai           | I:T I:T1         | 70.4 61.7 58.2 63.0 69.1 64.0 76.3 58.7
+openai           | I:T I:T1 I:T2    | 71.3 62.8 58.9 63.4 68.8 64.1 76.4 58.8
+openai           | I:T T:T1         | 69.1 60.0 59.1 63.3 71.8 63.5 76.1 58.2
+openai           | I:T1 T:T1        | 70.8 62.0 60.4 64.0 71.6 63.7 76.4 58.6
+openai           | I:T T:T1 T1:T2   | 69.6 60.5 59.2 63.4 72.4 63.1 76.4 58.1
+"""
+PAPER = {}
+for line in PAPER_TEXT.strip().splitlines():
+    baseline, losses, figures = line.split("|")
+    PAPER[baseline.strip(), losses.strip()] = tuple(map(float, figures.split()))
 
 
-def paper_row(model):
+def paper_row(name):
     """The paper's row for a model, {"row": "openai + I:T", "figures": {column: ...}}, or None.
 
-    It is that of a baseline, or of a run of paraclip.py: its base model and losses.
+    It is that of a baseline, or of a run of paraclip.py: its --model and --loss.
     """
-    base = (model.open_clip_name, model.pretrained)
-    loss = []
-    if model.pretrained is None:
-        folder = model.open_clip_name.removeprefix("local-dir:")
-        try:
-            record = json.loads(Path(folder, "config.json").read_bytes())
-            base = (record["base_model"]["open_clip"], record["base_model"]["pretrained"])
-            loss = record["flags"]["loss"]
-        except (OSError, ValueError, LookupError, TypeError):  # it is no run of paraclip.py
-            return None
-    base = (base[0], os.path.basename(base[1] or ""))
-    for (baseline, paper_loss), figures in PAPER.items():
-        terms = paper_loss.split()
-        if base == paraclip.BASELINES[baseline] and unordered(loss) == unordered(terms):
-            return {"row": " + ".join([baseline, *terms]), "figures": dict(zip(COLUMNS, figures))}
-    return None
-
-
-def unordered(loss):
-    """The terms of a loss; I:T is T:I."""
-    return {frozenset(term.split(":")) for term in loss}
+    baseline = name
+    losses = []
+    if name not in paraclip.BASELINES:
+        config = Path(name.removeprefix("local-dir:"), "config.json")
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # it is no run
+            flags = json.loads(config.read_bytes())["flags"]
+            losses = sorted(flags["loss"], key=paraclip.TERMS.index)
+            baseline = flags["model"]
+    figures = PAPER.get((baseline, " ".join(losses)))
+    if figures is None:
+        return None
+    return {"row": " + ".join([baseline, *losses]), "figures": dict(zip(COLUMNS, figures))}
 
 
 # ------------------------------------------------------------------ files below --data
-
-SOURCES = {  # where what is missing can be had, by the first part of its path
-    "coco": "from cocodataset.org: val2017.zip, annotations_trainval2017.zip",
-    "images": "your own photos; or get coco/val2017 from cocodataset.org",
-    "paraphrased_retrieval.jsonl": 'a line for each pair, {"query", "paraphrase"[, "image_id"]}, '
-    "or rows of generate.py; the pairs of Cheng et al. 2024, arXiv 2405.03190, have no public "
-    "download that we know of",
-    "aro": "from github.com/mertyg/vision-language-models-are-bows",
-    "sts": "from SentEval's downstream data: github.com/facebookresearch/SentEval",
-    "imagenet": "from image-net.org: the ILSVRC 2012 validation images, in a folder for each wnid",
-}
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # in either case
 
 
 class NotThere(InputError):
     """A benchmark's file is missing: it is not run."""
 
 
-def find(data, path):
-    """The Path of a benchmark's file or folder, given below --data. Raises NotThere."""
-    place = Path(data, path)
-    if not place.exists():
-        raise NotThere(f"{place} is not there ({SOURCES[path.split('/')[0]]})")
-    return place
+def find(folder, pattern):
+    """The path in a folder that a pattern names. Raises NotThere."""
+    for path in folder.glob(pattern):
+        return path
+    raise NotThere(f"{folder}/{pattern} is not there")
 
 
+@functools.cache
 def find_images(folder):
-    """The images in a folder, {name without its ending: path}, sorted by file name."""
+    """The images below a folder, {name: path}, sorted by path. Says how many files are none.
+
+    A name is the path below the folder without the ending. Raises InputError if two have one.
+    """
     images = {}
-    for path in sorted(folder.iterdir()):
-        hidden = path.name.startswith(".")  # macOS puts a ._x.jpg beside x.jpg
-        if path.suffix.lower() in IMAGE_ENDINGS and not hidden:
-            if path.stem in images:
-                raise InputError(f"{path}: {images[path.stem].name} has the same name but for its "
-                                 "ending; rename or remove one of the two")
-            images[path.stem] = path
+    files = sorted(files_below(folder))
+    for path in files:
+        name = image_name(path.relative_to(folder).as_posix())
+        if name in images:
+            raise InputError(f"{path} and {images[name].name}: two images have one name but for "
+                             "the ending; rename or remove one of them")
+        if name:
+            images[name] = path
+    others = len(files) - len(images)
+    print(f"{folder}: {len(images):,} images; {others:,} other files are passed over", flush=True)
     return images
 
 
-def image_name(image_id):
-    """An image_id, which is a number or a path with or without an ending, as find_images' name."""
-    path = PurePosixPath(str(image_id))
-    if path.suffix.lower() in IMAGE_ENDINGS:
-        return path.stem
-    return path.name
-
-
-def read_table(path):
-    """The tab-separated fields of each line of a file. Quotes are text, as is U+2028."""
-    with open(path, encoding="utf-8-sig", newline="\n") as lines:
-        return [line.rstrip("\r\n").split("\t") for line in lines]
-
-
-def gold_score(text):
-    """A gold score of STS as a number. Raises ValueError."""
-    score = float(text)
-    if not 0 <= score <= 5:  # nan is not
-        raise ValueError(f"the gold score {text} is not from 0 to 5")
-    return score
+def files_below(folder):
+    """Yield the paths of the files in a folder and in its subfolders, linked ones too."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_below(path)
+        else:
+            yield path
 
 
 # ------------------------------------------------------------------ encoding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TEXTS_AT_ONCE = 4096  # which TextEncoder sorts by length and encodes in chunks
+TEXTS_AT_ONCE = 4096  # which TextEncoder sorts by length
+IMAGES_AT_ONCE = 64
 
 
-def make_encoders(model, image_features, args):
-    """encode_texts and encode_images of a paraclip.Model, as the benchmarks use them.
+class Encoders:
+    """The two towers of a paraclip.Model, as the benchmarks use them.
 
-    Each text and each image is encoded once. image_features {(path, box): [D]} is filled, and
+    Each text and each image is encoded once. image_features {path or crop: [D]} is filled, and
     may be shared by the models of one image tower.
     """
-    encoder = paraclip.TextEncoder(model.clip, bf16=args.precision == "bf16")
-    text_features = {}
+
+    def __init__(self, model, image_features, args):
+        self.model = model
+        self.text_encoder = paraclip.TextEncoder(model.clip, bf16=args.precision == "bf16")
+        self.workers = args.workers
+        self.text_features = {}
+        self.image_features = image_features
 
     @torch.no_grad()
-    def encode_texts(texts):
-        new = [text for text in dict.fromkeys(texts) if text not in text_features]
-        for start in progress(range(0, len(new), TEXTS_AT_ONCE), f"{len(new):,} texts"):
-            block = new[start : start + TEXTS_AT_ONCE]
-            features, _ = encoder(model.tokenizer(block))
-            text_features.update(zip(block, features.cpu()))
-        features = torch.stack([text_features[text] for text in texts])
-        return fixed_point(features.to(DEVICE))
+    def texts(self, texts):
+        """n texts -> features [n, D], fixed_point."""
+        for block in progress(new_blocks(texts, self.text_features, TEXTS_AT_ONCE), "texts"):
+            features, _ = self.text_encoder(self.model.tokenizer(block))
+            self.text_features.update(zip(block, features.cpu()))
+        return look_up(texts, self.text_features)
 
-    def encode_images(items):
-        new = [item for item in dict.fromkeys(items) if item not in image_features]
-        encoded = paraclip.encode_images(model, new, open_crop, args.workers)
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=encoder.bf16):
-            for item, (feature, problem) in zip(progress(new, "images"), encoded):
-                if problem:
-                    path, _ = item
-                    raise InputError(f"{path}: can't be read as an image ({problem}); mend it, or "
-                                     "remove it and what belongs to it")
-                image_features[item] = feature
-        features = torch.stack([image_features[item] for item in items])
-        return fixed_point(features.to(DEVICE))
-
-    return encode_texts, encode_images
+    def images(self, items):
+        """n paths, or crops (path, box in pixels) -> features [n, D], fixed_point."""
+        blocks = new_blocks(items, self.image_features, IMAGES_AT_ONCE)
+        load = functools.partial(paraclip.load_pixels, self.model, open_item)
+        loader = paraclip.load_in_workers(load, blocks, min(self.workers, len(blocks)))
+        for loaded, block in zip(progress(loader, "images"), blocks):
+            for item in itertools.compress(block, ~loaded[1]):  # again, to learn the reason
+                with naming(f"{item} can't be read (mend or remove it)"):
+                    self.model.preprocess(open_item(item))
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=self.text_encoder.bf16):
+                features = paraclip.encode_pixels(self.model, loaded)
+            self.image_features.update(zip(block, features))
+        return look_up(items, self.image_features)
 
 
-def open_crop(item):
-    """The PIL image of (path, box), cropped before any preprocessing; box: pixels, or None."""
+def new_blocks(items, features, size):
+    """The items that have no features yet, each once, in lists of `size`."""
+    new = [item for item in dict.fromkeys(items) if item not in features]
+    return [new[start : start + size] for start in range(0, len(new), size)]
+
+
+def look_up(items, features):
+    """The features [n, D] of n items, fixed_point."""
+    return fixed_point(torch.stack([features[item] for item in items]).to(DEVICE))
+
+
+def open_item(item):
+    """The PIL image of a path, or of a crop (path, box), cropped before any preprocessing."""
+    if isinstance(item, Path):
+        return paraclip.read_image(item)
     path, box = item
-    image = Image.open(path)
-    if box is None:
-        return image
-    return image.convert("RGB").crop(box)
+    return paraclip.read_image(path).convert("RGB").crop(box)
 
 
-def progress(items, what):
-    """`items` with a progress bar, if they take longer than 3 seconds; calm in a log file."""
-    seconds = 0.3 if sys.stderr.isatty() else 30
-    return tqdm(items, what, delay=3, leave=False, mininterval=seconds)
+# A bar for what takes longer than 3 seconds.
+progress = functools.partial(tqdm, delay=3, leave=False, mininterval=5)
 
 
 # ------------------------------------------------------------------ Figure 3
 
-FONT = ImageFont.load_default(15)
-LINE = 20  # pixels from a line of text to the next
-TILE = 112  # pixels of an image with its frame
-MARGIN = 10
-GOLD = "#f0a800"
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>ParaCLIP, Figure 3</title>
+<style>
+body { font: 15px sans-serif; }
+main { display: grid; gap: 6px 20px; }
+p { margin: 0; }
+.caption { margin-bottom: 16px; }
+h2 { grid-column: 1 / -1; margin: 12px 0 0; font-size: 17px; }
+img { width: 104px; height: 104px; border: 4px solid lightgrey; }
+img.gold { border-color: #f0a800; }
+</style>
+<p class="caption"><b>Figure 3</b> Queries A and B that mean the same, and each model's five best
+images. The image that the queries are about has a gold frame.</p>"""
 
 
-def draw_gallery(path, names, images, pairs, rankings):
-    """Figure 3: for queries A and B of three pairs, each model's five best images.
+def write_gallery(path, data, names, encoders):
+    """Figure 3 as a page of HTML: for queries A and B of three pairs, each model's best images.
 
     The pairs are those whose AO@10 differs most between the models; with one model, the first.
-    names: of one or two models. images, pairs: see read_paraphrases. rankings: rank_paraphrases
-    of each model.
+    names, encoders: of one or two models.
     """
-    overlaps = []  # [model][pair]
-    for for_queries, for_paraphrases in rankings:
-        overlaps.append(list(map(average_overlap, for_queries, for_paraphrases)))
-    differences = np.abs(np.subtract(overlaps[-1], overlaps[0]))
+    images, queries, golds = read_paraphrases(data)
+    rankings = [rank_paraphrases(images, queries, each) for each in encoders]
+    overlaps = np.array([list(map(average_overlap, *each)) for each in rankings])  # [model, pair]
+    order = np.argsort(-abs(overlaps[-1] - overlaps[0]), kind="stable")
 
-    width = len(names) * (5 * TILE + 2 * MARGIN)
-    strips = [text_strip(names, width, "lightgrey")]
-    for pair in np.argsort(-differences, kind="stable")[:3]:
-        query, paraphrase, gold = pairs[pair]
-        best_for_query = [for_queries[pair] for for_queries, _ in rankings]
-        best_for_paraphrase = [for_paraphrases[pair] for _, for_paraphrases in rankings]
-        scores = [f"AO@10 of A and B: {100 * overlap[pair]:.1f}" for overlap in overlaps]
-        strips.append(text_strip([f"A: {query}"], width))
-        strips.append(image_strip(best_for_query, images, gold, width))
-        strips.append(text_strip([f"B: {paraphrase}"], width))
-        strips.append(image_strip(best_for_paraphrase, images, gold, width))
-        strips.append(text_strip(scores, width))
-        strips.append(Image.new("RGB", (width, 2), "black"))
-    strips.append(text_strip(["Gold frame: the image that A and B are about"], width))
+    lines = [PAGE, f'<main style="grid-template-columns: repeat({len(names)}, max-content)">']
+    lines += [f"<b>{html.escape(name)}</b>" for name in names]
+    for pair in order[:3]:
+        for letter, texts, *rankings_of_models in zip("AB", queries, *rankings):
+            lines.append(f"<h2>{letter}: {html.escape(texts[pair])}</h2>")
+            for each in rankings_of_models:
+                best = [show_image(images[item], golds[pair]) for item in each[pair][:5]]
+                lines.append(f"<div>{''.join(best)}</div>")
+        lines += [f"<p>AO@10 of A and B: {100 * overlap:.1f}</p>" for overlap in overlaps[:, pair]]
+    paraclip.write_file(path, "\n".join(lines).encode("utf-8", "replace"))
+
+
+def show_image(path, gold):
+    """An image as HTML that holds it: a square, turned as its EXIF says."""
+    image = ImageOps.exif_transpose(paraclip.read_image(path)).convert("RGB")
     content = io.BytesIO()
-    Image.fromarray(np.vstack(strips)).save(content, "PNG")
-    paraclip.atomic_write(path, content.getvalue())
-
-
-def text_strip(texts, width, background="white"):
-    """A picture of texts side by side, each wrapped in its share of the width."""
-    share = width // len(texts)
-    wrapped = [wrap(text, share - 2 * MARGIN) for text in texts]
-    height = LINE * max(map(len, wrapped)) + MARGIN
-    strip = Image.new("RGB", (width, height), background)
-    draw = ImageDraw.Draw(strip)
-    for column, lines in enumerate(wrapped):
-        for number, line in enumerate(lines):
-            draw.text((column * share + MARGIN, number * LINE + MARGIN // 2), line, "black", FONT)
-    return strip
-
-
-def wrap(text, width):
-    """The lines of a text, each at most `width` pixels wide."""
-    characters = width // 5
-    lines = textwrap.wrap(text, characters)
-    while max(map(FONT.getlength, lines)) > width:
-        characters -= 1
-        lines = textwrap.wrap(text, characters)
-    return lines
-
-
-def image_strip(rankings, images, gold, width):
-    """A picture of the five best images of each ranking in a row, the gold one in gold."""
-    share = width // len(rankings)
-    strip = Image.new("RGB", (width, TILE), "white")
-    for column, ranking in enumerate(rankings):
-        for place, index in enumerate(ranking[:5]):
-            photo = Image.open(images[index]).convert("RGB")
-            tile = ImageOps.fit(photo, (TILE - 16, TILE - 16))
-            tile = ImageOps.expand(tile, 4, GOLD if index == gold else "lightgrey")
-            strip.paste(tile, (column * share + MARGIN + place * TILE, 4))
-    return strip
+    ImageOps.fit(image, (208, 208)).save(content, "JPEG", quality=90)
+    source = base64.b64encode(content.getvalue()).decode()
+    frame = "gold" if path == gold else "grey"
+    return (f'<img class="{frame}" title="{html.escape(path.name)}" '
+            f'src="data:image/jpeg;base64,{source}">')
 
 
 # ------------------------------------------------------------------ the table on the screen
@@ -745,52 +664,36 @@ def image_strip(rankings, images, gold, width):
 def table(models):
     """The results as a Markdown table in Table 1's columns, and notes on what is missing."""
     rows = [("", dict(zip(COLUMNS, COLUMNS))), ("---", dict.fromkeys(COLUMNS, "------:"))]
-    notes = []
-    first_figures = {}
+    notes = {}  # as a set that keeps its order
+    first = {}
     for model in models:
         figures = {}
         cells = dict.fromkeys(COLUMNS, "not run")
         for task, result in model["tasks"].items():
-            star = ""  # a mean in which a task of STS is missing has one
             for part, reason in result["not_run"].items():
+                notes[f"not run: {part}: {reason}; tests/README.md has where it is from"] = None
+            star = ""
+            if result["figures"] and not TASKS[task].counts.items() <= result["counts"].items():
                 star = "*"
-                notes.append(f"not run: {part}: {reason}")
-            other_counts = counts_unlike_the_papers(task, result["counts"])
-            if result["figures"] and other_counts:
-                notes.append(f"{star}{task}: not the paper's data ({'; '.join(other_counts)}), "
-                             "not comparable with its figures")
-            for column, value in result["figures"].items():
-                figures[column] = round(value, 1)
-                cells[column] = f"{value:.1f}{star}"
+                notes[f"*{task}: not the paper's data, not comparable with its figures: "
+                      f"{result['counts']}, not {TASKS[task].counts}"] = None
+            for column, figure in result["figures"].items():
+                figures[column] = round(figure, 1)
+                cells[column] = f"{figure:.1f}{star}"
         rows.append((model["name"], cells))
-
-        paper = model["paper"]
-        if paper:
-            rows.append((f"  paper: {paper['row']}", paper["figures"]))
-        if model is models[0]:
-            first_figures = figures
-        else:
-            gains = {}
-            for column in figures.keys() & first_figures.keys():
-                gains[column] = f"{figures[column] - first_figures[column]:+.1f}"
+        if model["paper"]:
+            rows.append((f"  paper: {model['paper']['row']}", model["paper"]["figures"]))
+        if first:
+            gains = {column: f"{figures[column] - first[column]:+.1f}" for column in first}
             rows.append((f"  minus {models[0]['name']}", gains))
+        first = first or figures
 
     width = max(len(label) for label, _ in rows)
     lines = []
     for label, cells in rows:
         aligned = [f"{cells.get(column, ''):>7}" for column in COLUMNS]
         lines.append(f"| {label:{width}} | {' | '.join(aligned)} |")
-    return "\n".join([*lines, "", *dict.fromkeys(notes)]).strip()
-
-
-def counts_unlike_the_papers(task, counts):
-    """What of a task's counts is not as in the paper, in words."""
-    other = []
-    for part, paper_count in TASKS[task].counts.items():
-        count = counts.get(part, 0)
-        if count != paper_count:
-            other.append(f"{part} {count:,}, not {paper_count:,}")
-    return other
+    return "\n".join([*lines, "", *notes])
 
 
 # ------------------------------------------------------------------ main
@@ -798,110 +701,73 @@ def counts_unlike_the_papers(task, counts):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL",
         help="as paraclip.py's --model; each is a row, compared with the first")
-    add("--data", required=True, metavar="DIR",
+    add("--data", type=Path, required=True,
         help="folder of the benchmarks; what is not there is said")
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK",
         help=f"of {', '.join(TASKS)} (default: all)")
-    add("--json", metavar="FILE",
+    add("--json", type=Path,
         help="write figures, counts, sub-scores and fingerprints here (default: no)")
-    add("--gallery", metavar="FILE.png",
-        help="draw Figure 3 here, of the first two models: the three pairs whose AO@10 differs "
-        "most between them (default: no)")
+    add("--gallery", type=Path,
+        help="write Figure 3 here, a page of HTML, for the first two models: the three pairs whose "
+        "AO@10 differs most between them (default: no)")
     add("--precision", default="fp32", choices=["fp32", "bf16"],
         help="of the encoders; not stated, ours (default: %(default)s)")
-    add("--workers", type=paraclip.at_least(0), default=min(paraclip.cores(), 16), metavar="N",
+    add("--workers", type=int, default=min(paraclip.cores(), 16),
         help="processes that decode images (default: %(default)s)")
-    args = parser.parse_args(argv)
-
-    for path in (args.json, args.gallery):
-        if path is not None:
-            folder = Path(path).resolve().parent
-            if os.path.isdir(path) or not os.access(folder, os.W_OK):
-                parser.error(f"{path}: must be a file in a folder that is there, to write to")
-            if Path(args.data).resolve() in folder.parents:  # --data itself is none of them
-                parser.error(f"{path}: must not be in a folder of --data, among the benchmarks")
-    return args
+    return parser.parse_args(argv)
 
 
-def require_data(args):
-    """Raise InputError if nothing of what --tasks asks for is below --data."""
-    if not Path(args.data).is_dir():
-        raise InputError(f"--data {args.data}: there is no such folder")
+def check_flags(args):
+    """Raise InputError or OSError for what can be seen before a model is loaded."""
+    for name in args.models:
+        paraclip.find_model(name)
     files = [TASKS[task].file for task in args.tasks]
-    if not any(Path(args.data, file).exists() for file in files):
+    if not any((args.data / file).exists() for file in files):
         raise InputError(f"--data {args.data}: nothing to evaluate, none of these is there: "
                          f"{', '.join(files)}")
-
-
-def run_task(task, args, encode_texts, encode_images):
-    """A benchmark's result, with what was not run."""
-    try:
-        result = TASKS[task].benchmark(args.data, encode_texts, encode_images)
-    except NotThere as missing:
-        return {"figures": {}, "counts": {}, "sub_scores": {}, "not_run": {task: str(missing)}}
-    return {"not_run": {}, **result}
-
-
-def describe(result):
-    """A task's figures and recalls in words."""
-    scores = {**result["figures"], **result["sub_scores"]}
-    shown = [name for name in scores if name in COLUMNS or "R@" in name]
-    return ", ".join(f"{name} {scores[name]:.1f}" for name in shown) or "not run"
+    for path in filter(None, (args.json, args.gallery)):
+        path.open("ab").close()  # what can't be written fails now, not after hours
 
 
 def main():
     args = parse_args()
-    require_data(args)
-    for name in args.models:
-        paraclip.find_model(name)
-    images = None
-    if args.gallery:
-        try:
-            images, pairs = read_paraphrases(args.data)
-        except NotThere as missing:
-            print(f"--gallery: not run: {missing}")
+    check_flags(args)
     torch.backends.cudnn.allow_tf32 = False  # else "fp32" convolutions keep 10 bits of 23
-
     versions = {package.__name__: package.__version__ for package in (torch, open_clip, scipy)}
     report = {"flags": vars(args), "device": DEVICE, "versions": versions, "models": []}
     image_features = collections.defaultdict(dict)  # of each image tower
-    rankings = []
+    in_gallery = []
     for name in args.models:
         model = paraclip.load_model(name, DEVICE)
-        tower_features = image_features[model.image_tower]
-        encode_texts, encode_images = make_encoders(model, tower_features, args)
-        results = {
+        encoders = Encoders(model, image_features[model.image_tower], args)
+        tasks = {}
+        report["models"].append({
             "name": name,
             "fingerprint": model.fingerprint,
             "image_tower": model.image_tower,
-            "paper": paper_row(model),
-            "tasks": {},
-        }
-        report["models"].append(results)
-        for task in TASKS:
-            if task in args.tasks:
-                started = time.monotonic()
-                result = run_task(task, args, encode_texts, encode_images)
-                results["tasks"][task] = result
-                seconds = time.monotonic() - started
-                print(f"{name}: {task}: {describe(result)} ({seconds:.1f} s)", flush=True)
-                if args.json:
-                    paraclip.write_json(args.json, report)
-        if images and len(rankings) < 2:
-            rankings.append(rank_paraphrases(images, pairs, encode_texts, encode_images))
+            "paper": paper_row(name),
+            "tasks": tasks,
+        })
+        for task in args.tasks:
+            try:
+                result = TASKS[task].benchmark(args.data, encoders)
+            except NotThere as missing:
+                result = Result({}, {}, {}, {task: str(missing)})
+            tasks[task] = vars(result)
+            if args.json:
+                paraclip.write_json(args.json, report)
+            scores = {**result.figures, **result.sub_scores}
+            shown = [f"{key} {scores[key]:.1f}" for key in scores if key in COLUMNS or "R@" in key]
+            print(f"{name}: {task}: {', '.join(shown) or 'not run'}", flush=True)
+        in_gallery = [*in_gallery, encoders][:2]
     print(f"\n{table(report['models'])}")
-    if images:
-        draw_gallery(args.gallery, args.models[:2], images, pairs, rankings)
-    tasks = report["models"][0]["tasks"]
-    if not any(result["figures"] for result in tasks.values()):
-        raise InputError(f"--data {args.data}: nothing was evaluated, see above what is missing")
+    if args.gallery:
+        write_gallery(args.gallery, args.data, args.models[:2], in_gallery)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_train import random_captions
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -40,9 +41,11 @@ def draw_images(folder, count, random):
 @torch.no_grad()
 def plain_images(model, paths, flags, device):
     """open_clip's way."""
+    preprocess_cfg = PreprocessCfg(**model.clip.visual.preprocess_cfg)
+    preprocess = image_transform_v2(preprocess_cfg, is_train=False)
 
     def load(batch):
-        return torch.stack([model.preprocess(Image.open(path)) for path in batch])
+        return torch.stack([preprocess(Image.open(path)) for path in batch])
 
     loader = DataLoader(paths, flags.batch_size, collate_fn=load, num_workers=flags.workers)
     features = []
@@ -62,13 +65,12 @@ def plain_texts(model, captions, flags, device):
 
 
 def cached(model, paths, flags):
-    """paraclip.py's feature cache, empty at first, written and read."""
+    """paraclip.py's cache of image features, empty at first, written and read."""
     with tempfile.TemporaryDirectory() as output:
         words = ["--rows", "", "--output", output, "--images", str(paths[0].parent)]
         args = paraclip.parse_args([*words, "--workers", str(flags.workers)])
-        names = [path.name for path in paths]
-        slices, _ = paraclip.cache_image_features(model, names, args)
-        return torch.cat(slices).float()
+        features = paraclip.cache_image_features([path.name for path in paths], model, args)
+        return torch.from_numpy(features.astype(np.float32))
 
 
 @torch.no_grad()
@@ -139,12 +141,10 @@ def main():
         args = evaluate.parse_args(words)
 
         def evaluate_texts():
-            encode_texts, _ = evaluate.make_encoders(model, {}, args)
-            return encode_texts(captions).float().cpu()
+            return evaluate.Encoders(model, {}, args).texts(captions).float().cpu()
 
         def evaluate_images():
-            _, encode_images = evaluate.make_encoders(model, {}, args)
-            return encode_images([(path, None) for path in paths]).float().cpu()
+            return evaluate.Encoders(model, {}, args).images(paths).float().cpu()
 
         compare("texts", len(captions), {
             "open_clip, texts": lambda: plain_texts(model, captions, flags, device),

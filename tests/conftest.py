@@ -255,7 +255,6 @@ def models(tmp_path_factory):
         if "visual." not in name:
             weights[name] = weight + 0.02 * torch.randn(weight.shape)
     save_file(weights, folder / "run/open_clip_model.safetensors")
-    base = {"open_clip": "ViT-B-32-quickgelu", "pretrained": "openai"}
-    record = {"flags": {"loss": ["T:I"]}, "base_model": base}
+    record = {"flags": {"model": "openai", "loss": ["I:T"]}}
     (folder / "run/config.json").write_text(json.dumps(record))
     return [f"local-dir:{folder / 'base'}", str(folder / "run")]

@@ -514,14 +514,14 @@ def main():
         environment = {"OPENAI_API_KEY": "not-needed", "OPENAI_BASE_URL": server.url}
         run(generate, folder, codes=(0, 1), **environment)
         run(generate, folder, **environment)
-    train = ("python paraclip.py --rows rows.jsonl --images images --features features "
+    train = ("python paraclip.py --rows rows.jsonl --images images --cache cache "
              "--model clip --batch-size 256 --epochs 4 --lr 2e-4")
     run(f"{train} --output runs/paraclip", folder)
     run(f"{train} --output runs/L1 --loss I:T", folder)
     run("python evaluate.py clip runs/paraclip runs/L1 --data benchmarks --json results.json "
-        "--gallery figure3.png", folder)
+        "--gallery figure3.html", folder)
     print(f"""
-Figure 3: {folder / 'figure3.png'}
+Figure 3, for a browser: {folder / 'figure3.html'}
 This has shown, on drawn pictures and with one seed, that the three scripts work together, and how
 training on paraphrases changes a CLIP that trained on noisy captions, beside training on the same
 captions without them (L1); it has not shown how much a real CLIP gains from a real LLM.

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import paraclip
-from paraclip import InputError, read_jsonl, naming, run, write_json
+from paraclip import InputError, naming, read_jsonl, run, write_json
 
 TABLE_2 = [
     "I:T",
@@ -76,7 +76,7 @@ def llm_rows(rows, paths):
     """Those of `rows` that the files `paths` have too, with the paraphrases in these files."""
     paraphrased = {}
     for path in paths:
-        for _, row in read_jsonl(path, paraclip.parse_row):
+        for row in read_jsonl(path, json.loads):
             paraphrased[row["image_id"], row["caption"]] = row
     found = []
     for row in rows:
@@ -92,8 +92,8 @@ def llm_rows(rows, paths):
 
 
 def write_jsonl(path, rows):
-    lines = [json.dumps(row) + "\n" for row in rows]
-    paraclip.atomic_write(path, "".join(lines).encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paraclip.write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def link(path, target):
@@ -114,6 +114,7 @@ def write_benchmarks(folder, images, photos, data):
         pairs.append({"query": captions[1], "paraphrase": captions[2], "image_id": image_id})
     entries = [{"id": name, "file_name": name} for name in photos]
     content = {"images": entries, "annotations": annotations}
+    (folder / "coco/annotations").mkdir(exist_ok=True)
     write_json(folder / "coco/annotations/captions_val2017.json", content)
     write_jsonl(folder / "paraphrased_retrieval.jsonl", pairs)
     for name in ("sts", "imagenet"):
@@ -218,7 +219,7 @@ def main():
             "paraclip.py", output.with_suffix(".txt"),
             "--rows", args.output / "rows.jsonl",
             "--images", args.folder / "Images",
-            "--features", args.output / "features",
+            "--cache", args.output / "cache",
             "--model", args.model,
             "--output", output,
             "--loss", *loss.split(),
@@ -235,7 +236,7 @@ def main():
         args.model, *[output for _, _, output in jobs],
         "--data", args.output / "benchmarks",
         "--json", args.output / "results.json",
-        "--gallery", args.output / "figure3.png",
+        "--gallery", args.output / "figure3.html",
     )  # fmt: skip
     results = json.loads((args.output / "results.json").read_text())
     table = summarise(figures_of(results), runs)

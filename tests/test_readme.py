@@ -161,7 +161,7 @@ def test_the_demo_runs_small(tmp_path, monkeypatch, capfd):
     out = without_noise(*capfd.readouterr())
     for name in ("clip", "runs/paraclip", "runs/L1"):
         assert re.search(rf"\| {name} +(\| +\d+\.\d\*? +){{8}}\|", out), out
-    assert (tmp_path / "demo" / "figure3.png").stat().st_size > 10_000
+    assert (tmp_path / "demo" / "figure3.html").stat().st_size > 10_000
 
 
 BENCHES = [
@@ -215,7 +215,7 @@ def test_table_2_on_photographs(world, photos, monkeypatch, capfd):
     row = json.loads((photos / "out/rows.jsonl").read_text().splitlines()[0])
     assert row["image_id"] + ".jpg" == names[20]
     assert row["paraphrase_1"].endswith("old") and row["paraphrase_2"].endswith("wet")
-    assert (photos / "out/figure3.png").exists()
+    assert (photos / "out/figure3.html").exists()
     assert "I:T2 T:T1 T1:T2" in json.loads((photos / "out/table.json").read_text())
 
     first = photos / "out/IT2_TT1_T1T2-0/state.pt"
