@@ -60,9 +60,7 @@ def follow(process, folder, steps):
     ready = False
     started = time.perf_counter()
     while len(moments) < steps:
-        if process.poll() is not None:
-            raise paraclip.InputError(f"paraclip.py ended with exit code {process.returncode} "
-                                      f"after {len(moments)} steps")
+        ended = process.poll() is not None
         time.sleep(0.02)
         if not ready and (folder / "run" / "config.json").exists():  # comes before the first step
             ready = True
@@ -72,6 +70,9 @@ def follow(process, folder, steps):
         log = folder / "run" / "log.jsonl"
         lines = log.read_bytes().count(b"\n") if log.exists() else 0
         moments += [time.perf_counter()] * (lines - len(moments))
+        if ended and len(moments) < steps:
+            raise paraclip.InputError(f"paraclip.py ended with exit code {process.returncode} "
+                                      f"after {len(moments)} steps")
     return moments
 
 
