@@ -203,7 +203,7 @@ class TextEncoder(torch.nn.Module):
         parts = 4 if self.micro_batch else 16  # 4, as the texts of a micro-batch are about as long
         size = 8 * math.ceil(chunk_size / (8 * parts))  # texts of a part; 8: see mask()
         if logit_scale.device.type == "cpu":
-            size = 8  # it does not mind many small products
+            size = 4  # it does not mind many small products
         features = []
         for chunk, chunk_lengths in zip(tokens[order].split(chunk_size), lengths.split(chunk_size)):
             with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):
