@@ -536,6 +536,7 @@ def export_chat(flags):
     paths = expand(flags.captions)
     if target in map(os.path.realpath, paths):
         raise InputError(f"{flags.export_chat}: is an input; name another file to write to")
+    os.makedirs(os.path.dirname(target), exist_ok=True)
     with open(f"{target}.part", "wb") as file:
         for path in paths:
             for row, _ in tqdm(read_rows(path), path, unit=" rows", mininterval=BAR_SECONDS):

@@ -770,12 +770,12 @@ def test_export_chat(tmp_path):
         question = {"role": "user", "content": prompt.replace("{}", source)}
         completion = {"role": "assistant", "content": answer}
         chats.append({"prompt": [question], "completion": [completion]})
-    run("rows.jsonl", "--export-chat", "train.jsonl", key=None, cwd=tmp_path)
-    assert lines(tmp_path / "train.jsonl") == chats
+    run("rows.jsonl", "--export-chat", "chat/train.jsonl", key=None, cwd=tmp_path)
+    assert lines(tmp_path / "chat/train.jsonl") == chats
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"image_id": "1"}\n')
-    done = run("bad.jsonl", "--export-chat", "train.jsonl", key=None, code=2, cwd=tmp_path)
+    done = run("bad.jsonl", "--export-chat", "chat/train.jsonl", key=None, code=2, cwd=tmp_path)
     assert "bad.jsonl:2" in done.error
-    assert lines(tmp_path / "train.jsonl") == chats
+    assert lines(tmp_path / "chat/train.jsonl") == chats
 
 
 def test_sheet(tmp_path):
