@@ -1031,6 +1031,7 @@ def main():
         record = {
             "flags": vars(args),
             "settings": settings,
+            "rows": {"count": len(data.tokens), "sha256": data.checksum},
             "base_model": {
                 "open_clip": model.open_clip_name,
                 "pretrained": model.pretrained,

@@ -430,7 +430,7 @@ def test_the_run_directory_is_an_open_clip_model(world, unbroken):
     same_in_open_clip(folder)
     record = json.loads((folder / "config.json").read_text())
     base = paraclip.load_model(f"local-dir:{world}/clip")
-    assert record["flags"]["batch_size"] == 8
+    assert record["flags"]["batch_size"] == 8 and record["rows"]["count"] == 80
     assert record["flags"]["output"] == str(folder)
     assert record["versions"]["torch"] in torch.__version__
     assert record["base_model"]["fingerprint"] == base.fingerprint
