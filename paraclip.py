@@ -1017,7 +1017,7 @@ def main():
     data = Data(model, args)
     settings = {
         "--rows": data.checksum,
-        "--images": sha256(data.rows.tolist()),  # those that can be read
+        "--images": sha256([data.rows.tobytes()]),  # those that can be read
         "--model": model.fingerprint,
     }
     for flag in ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed"):
