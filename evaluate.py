@@ -717,7 +717,7 @@ def parse_args(argv=None):
         "AO@10 differs most between them (default: no)")
     add("--precision", default="fp32", choices=["fp32", "bf16"],
         help="of the encoders; not stated, ours (default: %(default)s)")
-    add("--workers", type=int, default=min(paraclip.cores(), 16),
+    add("--workers", type=paraclip.at_least(0), default=min(paraclip.cores(), 16),
         help="processes that decode images (default: %(default)s)")
     return parser.parse_args(argv)
 

@@ -63,29 +63,30 @@ def parse_args(argv=None):
     add("--output", type=Path, required=True, help="run directory; a run in it is resumed")
     add("--loss", nargs="+", default=PARACLIP, choices=TERMS, metavar="A:B",
         help="terms of the loss, pairs of I, T, T1 and T2 (default: I:T2 T:T1 T1:T2)")
-    add("--batch-size", type=int, default=3072,
+    add("--batch-size", type=at_least(1), default=3072,
         help="rows of a step, over all ranks; Appendix A (default: %(default)s)")
-    add("--epochs", type=int, default=1,
+    add("--epochs", type=at_least(1), default=1,
         help="passes over the rows; Appendix A (default: %(default)s)")
-    add("--lr", type=float, default=5e-7,
+    add("--lr", type=at_least(0, float), default=5e-7,
         help="learning rate of the first step; Appendix A (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.001, help="Appendix A (default: %(default)s)")
+    add("--weight-decay", type=at_least(0, float), default=0.001,
+        help="AdamW's; Appendix A (default: %(default)s)")
     add("--precision", choices=["bf16", "fp32"],
         default="bf16" if torch.cuda.is_available() else "fp32",
         help="of the text tower's products; not stated, ours (default: %(default)s)")
-    add("--seed", type=int, default=0,
+    add("--seed", type=at_least(0), default=0,
         help="decides the order of the rows; ours (default: %(default)s)")
-    add("--micro-batch", type=int, default=0,
+    add("--micro-batch", type=at_least(0), default=0,
         help="texts encoded at once, to bound memory; 0 is all (default: %(default)s)")
     add("--cache", type=Path,
         help="folder for tokens and image features, which many runs may share; on several "
         "machines a local one of each (default: OUTPUT/cache)")
-    add("--max-bad-images", type=float, default=0.01,
+    add("--max-bad-images", type=at_least(0, float), default=0.01,
         help="share of the images that may be unreadable (default: %(default)s)")
-    add("--save-every", type=int, default=500,
+    add("--save-every", type=at_least(1), default=500,
         help="steps between two saved states, which are never more than five minutes apart "
         "(default: %(default)s)")
-    add("--workers", type=int, default=min(cores(), 16),
+    add("--workers", type=at_least(0), default=min(cores(), 16),
         help="processes a rank that decode images and tokenise texts (default: %(default)s)")
     args = parser.parse_args(argv)
     args.cache = args.cache or args.output / "cache"
@@ -921,6 +922,18 @@ def one_line(error):
     return " ".join(lines)[:1000]
 
 
+def at_least(least, kind=int):
+    """An argparse type: a number of `kind` that is `least` or more."""
+
+    def number(text):
+        value = kind(text)
+        if not least <= value < math.inf:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text} must be a number, {least} or more")
+        return value
+
+    return number
+
+
 def sha256(values):
     """A hash of values that are bytes or that JSON can hold."""
     digest = hashlib.sha256()
@@ -997,7 +1010,7 @@ def check_flags(args):
     find_model(args.model)
     find_files(args.rows)
     ranks = dist.get_world_size()
-    if args.batch_size < 1 or args.batch_size % ranks:
+    if args.batch_size % ranks:
         raise InputError(f"--batch-size {args.batch_size} can't be divided among {ranks} ranks")
     if "I" in kinds_of(args.loss) and not (args.images and args.images.is_dir()):
         raise InputError(f"--images {args.images}: there is no such folder; a term of --loss has I")

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import paraclip
-from paraclip import InputError, naming, read_jsonl, run, write_json
+from paraclip import InputError, at_least, naming, read_jsonl, run, write_json
 
 TABLE_2 = [
     "I:T",
@@ -182,14 +182,14 @@ def parse_args():
         "without a row are left out (default: people's captions)")
     add("--losses", nargs="+", default=TABLE_2, metavar="LOSS",
         help='each as "I:T2 T:T1" (default: all of Table 2)')
-    add("--seeds", type=int, default=3, help="runs a loss (default: %(default)s)")
-    add("--test", type=int, default=1000,
+    add("--seeds", type=at_least(1), default=3, help="runs a loss (default: %(default)s)")
+    add("--test", type=at_least(10), default=1000,
         help="photos of the benchmark (default: %(default)s)")
-    add("--batch-size", type=int, default=500,
+    add("--batch-size", type=at_least(1), default=500,
         help="rows of a step (default: %(default)s)")
-    add("--lr", type=float, default=5e-5,
+    add("--lr", type=at_least(0, float), default=5e-5,
         help="for a few dozen small steps; the paper's is 5e-7 (default: %(default)s)")
-    add("--epochs", type=int, default=3,
+    add("--epochs", type=at_least(1), default=3,
         help="passes over the photos (default: %(default)s)")
     add("--data", type=Path, help="folder whose sts/ and imagenet/ are evaluated too, if there")
     return parser.parse_args()

@@ -880,7 +880,12 @@ BAD_ROWS = [
 BAD_FLAGS = [
     ({"rows": "none-*.jsonl"}, "none-*.jsonl: there is no such file"),
     ({"batch_size": 81}, "--rows: 80 rows to train on are fewer than --batch-size 81; give"),
-    ({"batch_size": 0}, "--batch-size 0 can't be divided"),
+    ({"batch_size": 0}, "--batch-size: 0 must be a number, 1 or more"),
+    ({"epochs": 0}, "--epochs: 0 must be a number, 1 or more"),
+    ({"save_every": 0}, "--save-every: 0 must be a number, 1 or more"),
+    ({"lr": -1}, "--lr: -1 must be a number, 0 or more"),
+    ({"weight_decay": "nan"}, "--weight-decay: nan must be a number, 0 or more"),
+    ({"lr": "inf"}, "--lr: inf must be a number, 0 or more"),
     ({"images": "none"}, "--images none: there is no such folder"),
     ({"images": None}, "--images None: there is no such folder; a term of --loss has I"),
     ({"model": "clip"}, "model clip: it is none of openai, openclip-400m"),

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import paraclip
-from paraclip import batches, cosine_lr, loss_terms
+from paraclip import at_least, batches, cosine_lr, loss_terms
 
 IMAGES_AT_ONCE = 100  # whose activations are in memory
 
@@ -65,7 +65,7 @@ def main():
         description=__doc__ + "\nThe other flags are paraclip.py's.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--image-lr", type=float, required=True, metavar="RATE",
+    parser.add_argument("--image-lr", type=at_least(0, float), required=True, metavar="RATE",
         help="learning rate of the image tower's first step")
     own, flags = parser.parse_known_args()
     args = paraclip.parse_args(flags)
