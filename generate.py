@@ -291,21 +291,7 @@ def generate(flags):
     new = itertools.islice(captions_to_ask(flags, written, Counter()), passed_by, None)
     captions = itertools.chain(new, old)
 
-    todo = queue.SimpleQueue()
-    ended = queue.SimpleQueue()
-
-    def work():
-        while True:
-            row = todo.get()
-            reason = None
-            try:
-                row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other captions go on
-                reason = error
-            ended.put((row, reason))
-
-    for _ in range(flags.concurrency):
-        threading.Thread(target=work, daemon=True).start()  # a daemon does not delay Ctrl-C
+    todo, ended = start_workers(endpoint, flags.concurrency)
     busy = 0
     failed = 0
     failed_in_a_row = 0
@@ -342,6 +328,29 @@ def generate(flags):
         print(f"{failed} captions failed, the last: {last_reason}; {flags.output}.failed has all "
               "reasons. The same command asks for them again", file=sys.stderr)
     return 1 if failed else 0
+
+
+def start_workers(endpoint, count):
+    """Start threads that run two_step on rows. Returns the queues of rows and of results.
+
+    A result is a row, with its paraphrases or not, and why it has failed, or None.
+    """
+    todo = queue.SimpleQueue()
+    ended = queue.SimpleQueue()
+
+    def work():
+        while True:
+            row = todo.get()
+            reason = None
+            try:
+                row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other captions go on
+                reason = error
+            ended.put((row, reason))
+
+    for _ in range(count):
+        threading.Thread(target=work, daemon=True).start()  # a daemon does not delay Ctrl-C
+    return todo, ended
 
 
 def captions_to_ask(flags, written, count):
