@@ -44,7 +44,6 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, PILToTensor
 from tqdm import tqdm
 
-PAPER_TERMS = {"L1": "I:T", "L1'": "I:T1", "L1''": "I:T2", "L2": "T:T1", "L3": "T1:T2"}  # Table 2
 PARACLIP = ["I:T2", "T:T1", "T1:T2"]  # L1'' + L2 + L3: the method itself
 TERMS = [f"{a}:{b}" for a, b in itertools.permutations(("I", "T", "T1", "T2"), 2)]
 
@@ -100,6 +99,7 @@ def parse_args(argv=None):
 #   N                 | --batch-size                      | rows of a step, over all ranks
 #   1 / temperature   | logit_scale                       | the model's own, trained; our choice
 #   L1'', L2, L3      | terms["I:T2"], ["T:T1"], ["T1:T2"] | scalars, see loss_terms
+#   L1, L1' (Table 2) | terms["I:T"], ["I:T1"]            | scalars
 #   L_total           | loss = sum(terms.values())        | scalar, in train()
 TEXT_KEYS = {"T": "caption", "T1": "paraphrase_1", "T2": "paraphrase_2"}
 
@@ -195,20 +195,16 @@ class TextEncoder(torch.nn.Module):
     def forward(self, tokens):
         """Tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and logit_scale.
 
-        The texts are sorted by length and cut into parts, each as long as its longest text: so
-        hardly anything is computed for padding.
+        The texts are sorted by length, so that hardly anything is computed for padding.
         """
         logit_scale = self.clip.logit_scale
         lengths, order = self.lengths(tokens).sort()
-        chunk_size = self.micro_batch or len(tokens)
-        parts = 4 if self.micro_batch else 16  # 4, as the texts of a micro-batch are about as long
-        size = 8 * math.ceil(chunk_size / (8 * parts))  # texts of a part; 8: see mask()
-        if logit_scale.device.type == "cpu":
-            size = 4  # it does not mind many small products
+        size = self.micro_batch or len(tokens)
+        step = 2 if logit_scale.is_cuda else 1  # a GPU takes less time for fewer, larger parts
         features = []
-        for chunk, chunk_lengths in zip(tokens[order].split(chunk_size), lengths.split(chunk_size)):
+        for chunk, chunk_lengths in zip(tokens[order].split(size), lengths.split(size)):
             with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):
-                features.append(self.encode(chunk.split(size), chunk_lengths.split(size)))
+                features.append(self.encode(cut(chunk, chunk_lengths, step), chunk_lengths))
         features = torch.cat(features)[self.send(order.argsort())]  # in the order of `tokens`
         return F.normalize(features.to(logit_scale.dtype), dim=-1), logit_scale.exp()
 
@@ -229,47 +225,51 @@ class TextEncoder(torch.nn.Module):
         return tensor.to(device, non_blocking=True)
 
     def encode_parts(self, parts, lengths):
-        """Parts [m, 77] of n sorted texts -> [n, D], part by part by open_clip's own forward."""
-        features = []
-        for tokens, part_lengths in zip(parts, lengths):
-            features.append(self.clip.encode_text(self.send(tokens[:, : part_lengths[-1]])))
-        return torch.cat(features)
+        """Parts [m, L] of n texts -> [n, D], part by part by open_clip's own forward."""
+        return torch.cat([self.clip.encode_text(self.send(part)) for part in parts])
 
     def encode_flat(self, parts, lengths):
-        """Parts [m, 77] of n sorted texts -> [n, D] by CLIP's causal transformer.
+        """Parts [m, L] of n texts with their lengths [n] -> [n, D] by CLIP's causal transformer.
 
         All tokens are one list [tokens, width], and only attention goes part by part: a GPU takes
         less time for few large products than for many small ones.
         """
         tower = self.tower
-        tokens = torch.cat(parts)  # [n, 77]
-        padded = torch.cat([part[-1].expand(len(part)) for part in lengths])  # [n]
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-        kept = positions < padded[:, None]
-        ends = padded.cumsum(0) - padded + torch.cat(lengths) - 1  # in the list, of each text
-        masks = [self.mask(int(part[-1]), len(part)) for part in lengths]
-        sizes = [int(part[-1]) * len(part) for part in lengths]
+        tokens = torch.cat([part.flatten() for part in parts])
+        positions = torch.cat([torch.arange(part.shape[1]).repeat(len(part)) for part in parts])
+        ends = torch.where(positions == 0)[0] + lengths - 1  # in the list, of each text
+        sizes = [part.numel() for part in parts]
+        masks = [self.mask(*part.shape) for part in parts]
 
-        x = tower.token_embedding(self.send(tokens[kept]))
-        x = x + F.embedding(self.send(positions[kept]), tower.positional_embedding)
+        x = tower.token_embedding(self.send(tokens))
+        x = x + F.embedding(self.send(positions), tower.positional_embedding)
         for block in tower.transformer.resblocks:
             x = x + block.ls_1(attention(block.attn, block.ln_1(x), sizes, masks))
             x = x + block.ls_2(block.mlp(block.ln_2(x)))
         return tower.ln_final(x[self.send(ends)]) @ tower.text_projection
 
-    def mask(self, length, count):
-        """The attention mask [g L, g L] for g of the `count` texts of a part, side by side.
+    def mask(self, count, length):
+        """The attention mask [g L, g L] for g of a part's `count` texts, side by side.
 
         It is the tower's own within a text, and -inf between two. A GPU's attention works in
         tiles of 64 tokens, so short texts share one.
         """
-        g = math.gcd(count, 32)
-        while g > 1 and g * length > 64:
-            g //= 2
-        mask = self.tower.attn_mask[:length, :length].repeat(g, g)
-        text = torch.arange(g * length, device=mask.device) // length
-        mask = mask.masked_fill(text[:, None] != text, -math.inf)
-        return mask.to(torch.bfloat16 if self.bf16 else self.tower.positional_embedding.dtype)
+        g = math.gcd(count, 2 ** int(math.log2(64 / length)))
+        weights = self.tower.attn_mask[:length, :length].exp()  # 1, or 0 where nothing is seen
+        mask = torch.block_diag(*[weights] * g).log()
+        return mask.to(torch.bfloat16 if self.bf16 else weights.dtype)
+
+
+def cut(tokens, lengths, step):
+    """Texts [n, 77], sorted by length -> parts [m, L], each of texts of about one length L.
+
+    Four texts, then four more and so on, are padded to one length, a multiple of `step`, and those
+    of equal padded length are a part. For four at a time see mask().
+    """
+    padded = torch.cat([four[-1].expand(len(four)) for four in lengths.split(4)])
+    longest, counts = padded.add(-padded % step).unique_consecutive(return_counts=True)
+    parts = tokens.split(counts.tolist())
+    return [part[:, :length] for part, length in zip(parts, longest)]
 
 
 def attention(attn, x, sizes, masks):
@@ -295,17 +295,21 @@ def is_causal(tower):
     return plain and isinstance(tower.text_projection, torch.nn.Parameter)
 
 
+def trained(model):
+    """{name: parameter} of the parameters that train."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def make_optimizer(model, lr, weight_decay):
     """AdamW over all parameters of `model` that train.
 
     The paper gives neither betas nor eps: they are open_clip's. Only matrices decay, as there.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    others = [parameter for parameter in trained if parameter.ndim < 2]  # gains, biases, scale
+    matrices = [p for p in trained(model).values() if p.ndim >= 2]
+    others = [p for p in trained(model).values() if p.ndim < 2]  # gains, biases, logit scale
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others}]
     return torch.optim.AdamW(
-        groups, lr=lr, weight_decay=0, betas=(0.9, 0.98), eps=1e-6, fused=trained[0].is_cuda
+        groups, lr=lr, weight_decay=0, betas=(0.9, 0.98), eps=1e-6, fused=matrices[0].is_cuda
     )
 
 
@@ -332,14 +336,14 @@ SAVE_SECONDS = 300  # after which a state is saved, however few steps there were
 LOG_EVERY = 10  # steps; to read a figure from a GPU is to wait for it
 
 
-def train(encoder, optimizer, data, first_step, args, log):
+def train(encoder, optimizer, data, first_step, settings, args, log):
     """The loop, from first_step to the last. log: the open log.jsonl on rank 0.
 
     Raises InputError if a loss or its gradient is infinite or nan.
     """
     world = dist.get_world_size()
     logit_scale = encoder.clip.logit_scale
-    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    parameters = trained(encoder).values()
     parallel = torch.nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     order = batches(len(data.rows), args.batch_size, args.epochs, args.seed)
     loader = load_in_workers(data.batch, list(order)[first_step:], min(args.workers, 4))
@@ -358,7 +362,7 @@ def train(encoder, optimizer, data, first_step, args, log):
 
         values = torch.stack(list(terms.values())).detach()
         dist.all_reduce(values)
-        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         scale = logit_scale.detach().exp().squeeze()
         entries.append((step, lr, torch.stack([*values, scale, grad_norm])))
         optimizer.step()
@@ -371,7 +375,7 @@ def train(encoder, optimizer, data, first_step, args, log):
             bar.set_postfix(write_log(entries, args.loss, log), refresh=False)
             entries.clear()
         if save:
-            save_state(encoder, optimizer, step + 1, args.output)
+            save_state(encoder, optimizer, step + 1, settings, args.output)
             saved = time.monotonic()
 
 
@@ -440,7 +444,7 @@ def read_rows(patterns):
     """[image_id, T, T', T''] of each row in files of generate.py. Raises InputError."""
     rows = []
     for path in find_files(patterns):
-        rows += progress(read_jsonl(path, parse_row), f"reading {path}", delay=3, leave=False)
+        rows += progress(read_jsonl(path, parse_row), f"reading {path}", leave=False)
     return rows
 
 
@@ -502,26 +506,25 @@ def cached(name, items, shape, dtype, load, args, encode=torch.as_tensor):
     rank, ranks = place_on_machine()
     path = args.cache / f"{name}.npy"
     done_path = args.cache / f"{name}.done.npy"
-    new_path = args.cache / f"{name}.new.npy"
-    blocks = [slice(start, start + BLOCK) for start in range(0, len(items), BLOCK)]
     if rank == 0:
         lock = open_locked(args.cache / "lock", wait=True)
         if not path.exists():
+            new_path = args.cache / f"{name}.new.npy"
             with naming(path):
-                np.save(done_path, np.zeros(len(blocks), bool))
+                np.save(done_path, np.zeros(math.ceil(len(items) / BLOCK), bool))
                 # Zeros are written, not left out: a disk that is too small shows now.
-                np.save(new_path, np.broadcast_to(np.zeros((), dtype), (len(items), *shape)))
+                np.save(new_path, np.broadcast_to(dtype(0), (len(items), *shape)))
                 new_path.replace(path)
     barrier()
     array = np.load(path, mmap_mode="r+")
     done = np.load(done_path, mmap_mode="r+")
-    todo = [i for i in range(rank, len(blocks), ranks) if not done[i]]
-    loader = load_in_workers(load, [items[blocks[i]] for i in todo], args.workers)
-    kind = name.partition("-")[0]
-    bar = progress(loader, kind, len(todo), unit=f" {kind}", unit_scale=BLOCK)
-    for loaded, i in zip(bar, todo):
-        array[blocks[i]] = encode(loaded)
-        done[i] = True
+    todo = [block for block in range(rank, len(done), ranks) if not done[block]]
+    parts = [slice(block * BLOCK, (block + 1) * BLOCK) for block in todo]
+    loader = load_in_workers(load, [items[part] for part in parts], args.workers)
+    bar = progress(loader, name.partition("-")[0], len(todo), unit_scale=BLOCK)
+    for loaded, part, block in zip(bar, parts, todo):
+        array[part] = encode(loaded)
+        done[block] = True
     barrier()
     if rank == 0:
         lock.close()
@@ -575,7 +578,7 @@ def open_image(root, image_id):
     in_shard = images_in(root / f"{shard}.tar").get(key)
     opener = images_in(path.parent).get(path.name, in_shard)
     if opener is None:
-        raise FileNotFoundError(f"there is no {path}.* (nor {key}.* in {shard}.tar), or two")
+        raise FileNotFoundError(f"there is no {path}.*, or two")
     return read_image(opener())
 
 
@@ -590,7 +593,7 @@ def read_image(file):
 
 
 def load_pixels(model, open_item, items):
-    """The pixels uint8 [readable, 3, H, W] of the images that can be read, and which these are.
+    """The pixels uint8 [n, 3, H, W] of n images, and which of them can be read, [n].
 
     open_item(item) returns a PIL image, or raises an error of any kind.
     """
@@ -598,25 +601,24 @@ def load_pixels(model, open_item, items):
     readable = []
     for item in items:
         try:
-            pixels.append(model.preprocess(open_item(item)))
+            image = model.preprocess(open_item(item))
             readable.append(True)
         except Exception:  # noqa: BLE001, Pillow raises all kinds
+            image = model.preprocess(Image.new("RGB", (1, 1)))
             readable.append(False)
-    return torch.stack(pixels) if pixels else None, torch.tensor(readable)
+        pixels.append(image)
+    return torch.stack(pixels), torch.tensor(readable)
 
 
 @torch.no_grad()
 def encode_pixels(model, loaded):
     """What load_pixels() gave of n images -> features [n, D], L2-normalised; nan: unreadable."""
     pixels, readable = loaded
-    features = torch.full((len(readable), model.config["embed_dim"]), math.nan)
-    if pixels is not None:
-        pixels = pixels.to(model.clip.logit_scale, non_blocking=True) / 255
-        # 16 at a time on a CPU, or large images' activations go out of its caches.
-        parts = model.normalize(pixels).split(BLOCK if pixels.is_cuda else 16)
-        encoded = torch.cat([model.clip.encode_image(part, normalize=True) for part in parts])
-        features[readable] = encoded.float().cpu()
-    return features
+    pixels = pixels.to(model.clip.logit_scale, non_blocking=True) / 255
+    # 16 at a time on a CPU, or large images' activations go out of its caches.
+    parts = model.normalize(pixels).split(BLOCK if pixels.is_cuda else 16)
+    features = torch.cat([model.clip.encode_image(part, normalize=True) for part in parts])
+    return features.float().cpu().masked_fill(~readable[:, None], math.nan)
 
 
 def load_in_workers(load, keys, workers):
@@ -702,8 +704,6 @@ def load_model(name, device="cpu"):
     preprocess_cfg = clip.visual.preprocess_cfg
     transforms = image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False).transforms
     config = open_clip.get_model_config(open_clip_name)
-    whole_config = {**config, "preprocess_cfg": preprocess_cfg}
-    image_config = {**whole_config, "text_cfg": None}
     return Model(
         open_clip_name=open_clip_name,
         pretrained=pretrained,
@@ -712,8 +712,8 @@ def load_model(name, device="cpu"):
         normalize=transforms[-1],
         tokenizer=tokenizer,
         config=config,
-        image_tower=fingerprint(clip.visual, image_config),
-        fingerprint=fingerprint(clip, whole_config),
+        image_tower=fingerprint(clip.visual, {**config, "text_cfg": None}, preprocess_cfg),
+        fingerprint=fingerprint(clip, config, preprocess_cfg),
     )
 
 
@@ -752,10 +752,10 @@ def read_weights(path):
     return weights
 
 
-def fingerprint(module, config):
-    """SHA-256 of a module's weights and buffers, and of the configuration that uses them."""
+def fingerprint(module, *configs):
+    """SHA-256 of a module's weights and buffers, and of the configurations that use them."""
     weights = (tensor.cpu().numpy().tobytes() for tensor in module.state_dict().values())
-    return sha256(itertools.chain([config], weights))
+    return sha256(itertools.chain(configs, weights))
 
 
 # ------------------------------------------------------------------ ranks
@@ -825,52 +825,45 @@ def open_locked(path, wait=False):
     return file
 
 
-def check_settings(settings, output):
-    """Require that this rank has the settings of the run in OUTPUT, or else of rank 0.
+def save_state(encoder, optimizer, next_step, settings, output):
+    """Replace OUTPUT/state.pt by the state before `next_step`, as plain types. Rank 0 does it."""
+    if dist.get_rank() > 0:
+        return
+    state = {
+        "step": next_step,
+        "settings": settings,
+        "weights": {name: p.detach() for name, p in trained(encoder).items()},
+        "optimizer": optimizer.state_dict(),
+    }
+    content = io.BytesIO()  # torch.save() would hide what a full disk says
+    torch.save(state, content)
+    write_file(output / "state.pt", content.getbuffer())
 
-    Raises InputError.
+
+def load_state(encoder, optimizer, settings, output, log):
+    """Go on from OUTPUT/state.pt, if it is there. Returns its step.
+
+    log.jsonl, which rank 0 has open as `log`, is cut to the steps before it. Raises InputError if
+    this rank's settings are not those of the state, or else of rank 0.
     """
-    run = [settings]
-    if dist.get_rank() == 0 and (output / "state.pt").exists():
-        path = output / "config.json"
-        with naming(path):
-            run = [json.loads(path.read_bytes())["settings"]]
+    state = {"step": 0, "settings": settings}
+    path = output / "state.pt"
+    with naming(path):
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            encoder.load_state_dict(state["weights"], strict=False)  # without the frozen tower
+            optimizer.load_state_dict(state["optimizer"])
+        run = [state["settings"]]
     dist.broadcast_object_list(run)
     for key, value in settings.items():
         before = run[0].get(key)
         if before != value:
             raise InputError(f"{key}: {value} here, and {before} in the run in --output {output}; "
                              "give another --output, to all ranks alike")
-
-
-def save_state(encoder, optimizer, next_step, output):
-    """Replace OUTPUT/state.pt by the state before `next_step`, as plain types. Rank 0 does it."""
-    if dist.get_rank() > 0:
-        return
-    weights = {name: p.detach() for name, p in encoder.named_parameters() if p.requires_grad}
-    state = {"step": next_step, "weights": weights, "optimizer": optimizer.state_dict()}
-    content = io.BytesIO()  # torch.save() would hide what a full disk says
-    torch.save(state, content)
-    write_file(output / "state.pt", content.getbuffer())
-
-
-def load_state(encoder, optimizer, output, log):
-    """Go on from OUTPUT/state.pt, if it is there. Returns its step.
-
-    log.jsonl, which rank 0 has open as `log`, is cut to the steps before it.
-    """
-    step = 0
-    path = output / "state.pt"
-    if path.exists():
-        with naming(path):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            encoder.load_state_dict(state["weights"], strict=False)  # without the frozen tower
-            optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
     if log:
         log.seek(0)
-        log.truncate(sum(map(len, itertools.islice(log, step))))
-    return step
+        log.truncate(sum(map(len, itertools.islice(log, state["step"]))))
+    return state["step"]
 
 
 def export(model, output):
@@ -979,15 +972,12 @@ def find_files(patterns):
 def write_file(path, content):
     """Replace a file by `content`, bytes; if it can't be written, the old one stays."""
     part = Path(f"{path}.part")
-    try:
+    with naming(path):
         with part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path}: can't be written: {error.strerror}") from None
 
 
 def write_json(path, content):
@@ -996,10 +986,8 @@ def write_json(path, content):
 
 
 def progress(items, what, total=None, **options):
-    """`items`, with a progress bar on rank 0: often on a terminal, now and then in a log file."""
-    seconds = 0.3 if sys.stderr.isatty() else 30
-    silent = dist.get_rank() > 0 or total == 0
-    return tqdm(items, what, total, mininterval=seconds, disable=silent, **options)
+    """`items`, with a progress bar on rank 0, if they take longer than a second."""
+    return tqdm(items, what, total, mininterval=2, delay=1, disable=dist.get_rank() > 0, **options)
 
 
 # ------------------------------------------------------------------ main
@@ -1007,7 +995,6 @@ def progress(items, what, total=None, **options):
 
 def check_flags(args):
     """Raise InputError for what can be seen before the model is loaded."""
-    find_model(args.model)
     find_files(args.rows)
     ranks = dist.get_world_size()
     if args.batch_size % ranks:
@@ -1035,11 +1022,10 @@ def main():
     }
     for flag in ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed"):
         settings[f"--{flag.replace('_', '-')}"] = getattr(args, flag)
-    check_settings(settings, args.output)
 
     encoder = TextEncoder(model.clip, args.micro_batch, args.precision == "bf16")
     optimizer = make_optimizer(encoder, args.lr, args.weight_decay)
-    first_step = load_state(encoder, optimizer, args.output, log)
+    first_step = load_state(encoder, optimizer, settings, args.output, log)
     if is_rank_0:
         record = {
             "flags": vars(args),
@@ -1053,11 +1039,9 @@ def main():
             "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
         }
         write_json(args.output / "config.json", record)
-        trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-        print(f"{trained:,} parameters are trained; images: {model.clip.visual.preprocess_cfg}")
         print(f"{len(data.rows):,} of {len(data.tokens):,} rows, steps {first_step:,} to "
               f"{data.steps:,}", flush=True)
-    train(encoder, optimizer, data, first_step, args, log)
+    train(encoder, optimizer, data, first_step, settings, args, log)
     if is_rank_0:
         export(model, args.output)
         print(f"done: {args.output} is an open_clip model, local-dir:{args.output}")
