@@ -1,6 +1,5 @@
 """tests/unfrozen.py, the fork that trains the image tower too."""
 
-import re
 import subprocess
 import sys
 
@@ -49,7 +48,6 @@ def test_a_run_moves_both_towers(world, tmp_path):
     command = [sys.executable, ROOT / "tests" / "unfrozen.py", *flags.split()]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"training both towers: 100%.* 2/2 ", done.stderr)
     before = load_file(world / "clip" / "open_clip_model.safetensors")
     after = load_file(tmp_path / "run" / "open_clip_model.safetensors")
     for key, tensor in before.items():
