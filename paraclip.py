@@ -267,7 +267,8 @@ def cut(tokens, lengths, step):
     of equal padded length are a part. For four at a time see mask().
     """
     padded = torch.cat([four[-1].expand(len(four)) for four in lengths.split(4)])
-    longest, counts = padded.add(-padded % step).unique_consecutive(return_counts=True)
+    padded = (padded + step - 1) // step * step
+    longest, counts = padded.unique_consecutive(return_counts=True)
     parts = tokens.split(counts.tolist())
     return [part[:, :length] for part, length in zip(parts, longest)]
 
