@@ -842,25 +842,26 @@ def save_state(encoder, optimizer, next_step, settings, output):
 
 
 def load_state(encoder, optimizer, settings, output, log):
-    """Go on from OUTPUT/state.pt, if it is there. Returns its step.
+    """Go on from rank 0's OUTPUT/state.pt, if it is there. Returns its step.
 
     log.jsonl, which rank 0 has open as `log`, is cut to the steps before it. Raises InputError if
     this rank's settings are not those of the state, or else of rank 0.
     """
-    state = {"step": 0, "settings": settings}
+    states = [{"step": 0, "settings": settings}]
     path = output / "state.pt"
-    with naming(path):
-        if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            encoder.load_state_dict(state["weights"], strict=False)  # without the frozen tower
-            optimizer.load_state_dict(state["optimizer"])
-        run = [state["settings"]]
-    dist.broadcast_object_list(run)
+    if dist.get_rank() == 0 and path.exists():
+        with naming(path):
+            states = [torch.load(path, map_location="cpu", weights_only=True)]
+    dist.broadcast_object_list(states)
+    state = states[0]
     for key, value in settings.items():
-        before = run[0].get(key)
+        before = state.get("settings", {}).get(key)
         if before != value:
             raise InputError(f"{key}: {value} here, and {before} in the run in --output {output}; "
                              "give another --output, to all ranks alike")
+    if state["step"]:
+        encoder.load_state_dict(state["weights"], strict=False)  # without the frozen tower
+        optimizer.load_state_dict(state["optimizer"])
     if log:
         log.seek(0)
         log.truncate(sum(map(len, itertools.islice(log, state["step"]))))

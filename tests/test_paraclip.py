@@ -512,13 +512,16 @@ def port():
         return free.getsockname()[1]
 
 
-def test_two_machines_with_a_cache_each(world, unbroken, tmp_path, port):
+def test_two_machines_share_no_disk(world, unbroken, tmp_path, port):
+    """Each has a cache of its own, and only rank 0's output counts, at a second start too."""
     one = flags(world, tmp_path / "run", cache=tmp_path / "a", epochs=4)
-    other = flags(world, tmp_path / "run", cache=tmp_path / "b", epochs=4)
-    codes, outputs = end_two(one, other, port, tmp_path)
-    assert codes == [0, 0], outputs
+    other = flags(world, tmp_path / "none", cache=tmp_path / "b", epochs=4)
+    for first_step in (0, 40):
+        codes, outputs = end_two(one, other, port, tmp_path)
+        assert codes == [0, 0] and f"steps {first_step} to 40" in outputs[0], outputs
     losses = [entry["loss"] for entry in log_of(tmp_path / "run")]
     assert losses == pytest.approx([entry["loss"] for entry in log_of(unbroken[0])], rel=1e-4)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("change, message", [
