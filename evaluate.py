@@ -750,11 +750,11 @@ def main():
             except NotThere as missing:
                 result = Result({}, {}, {}, {task: str(missing)})
             tasks[task] = vars(result)
-            if args.json:
-                paraclip.write_json(args.json, report)
             scores = {**result.figures, **result.sub_scores}
             shown = [f"{key} {scores[key]:.1f}" for key in scores if key in COLUMNS or "R@" in key]
             print(f"{name}: {task}: {', '.join(shown) or 'not run'}", flush=True)
+            if args.json:
+                paraclip.write_json(args.json, report)
         in_gallery = [*in_gallery, encoders][:2]
     print(f"\n{table(report['models'])}")
     if args.gallery:
