@@ -39,8 +39,8 @@ def test_overlap_and_jaccard_by_hand():
         assert evaluate.jaccard(a, b) == pytest.approx(jaccard)
 
 
-def test_ranking_and_recall_against_exact_integers():
-    """Ties, several positives, and a query's ranking is the same in any company."""
+def test_ranking_against_exact_integers():
+    """Ties, and a query's ranking is the same in any company."""
     random = torch.Generator().manual_seed(0)
     distinct = torch.randn(12, 40, generator=random)
     items = torch.randint(12, (50,), generator=random)  # each of the 12 some four times
@@ -54,16 +54,12 @@ def test_ranking_and_recall_against_exact_integers():
     assert evaluate.rank_gallery(queries, gallery) == naive
     assert [evaluate.rank_gallery(query[None], gallery)[0] for query in queries] == naive
 
-    item_labels = torch.randint(20, (50,), generator=random).tolist()
-    query_labels = torch.randint(20, (300,), generator=random).tolist()
-    for k in (1, 5, 10):
-        hits = 0
-        for ranking, label in zip(naive, query_labels):
-            hits += any(item_labels[item] == label for item in ranking[:k])
-        assert 0 < hits < 300
-        found = evaluate.recall(naive, item_labels, query_labels, k)
-        assert found == pytest.approx(100 * hits / 300)
-    assert evaluate.recall([[0], [1], [1]], range(2), [0, None, 0], 1) == 50  # None is not counted
+
+def test_recall_by_hand():
+    """Two items of one label, a query that has its item only later, and one without a label."""
+    rankings = [[0, 1, 2], [2, 1, 0], [1, 0, 2]]
+    for k, percent in ((1, 0), (2, 50), (3, 100)):
+        assert evaluate.recall(rankings, "abb", ["b", "a", None], k) == percent
 
 
 def test_spearman():
@@ -281,8 +277,7 @@ def test_an_image_that_cannot_be_read_is_named_with_the_reason(data, models, tmp
     good = data / "coco/val2017" / NAMES[0]
     write(tmp_path / "cut.jpg", good.read_bytes()[:300])
     Image.new("RGB", (1, 99)).save(tmp_path / "thin.png")
-    for name, reason in (("cut.jpg", "[Tt]runcated"), ("thin.png", "50 times"),
-                         ("none.jpg", "No such file")):
+    for name, reason in (("cut.jpg", "[Tt]runcated"), ("thin.png", "50 times")):
         with pytest.raises(InputError, match=rf"{name}.* can't be read .*{reason}.*\Z"):
             encoders.images([good, tmp_path / name])
 
@@ -351,7 +346,6 @@ def test_two_models_as_a_user(data, models, tmp_path):
 
     report = json.loads((tmp_path / "results.json").read_text())
     assert set(report) == {"flags", "device", "versions", "models"}
-    assert report["flags"]["models"] == models
     first, second = report["models"]
     before, after = map(figures_of, report["models"])
     assert before != after
@@ -379,8 +373,7 @@ def test_the_papers_data_has_no_star():
     task = {"figures": {"STS": 65.14}, "counts": dict(evaluate.TASKS["sts"].counts), "not_run": {}}
     model = {"name": "one", "paper": None, "tasks": {"sts": task}}
     out = evaluate.table([model])
-    assert cells(out, "one")["STS"] == "65.1"
-    assert "not the paper's" not in out
+    assert cells(out, "one")["STS"] == "65.1" and "not the paper's" not in out
     del task["counts"]["STS13"]
     task["not_run"] = {"STS13": "FILE is not there"}
     out = evaluate.table([model, model])
@@ -392,20 +385,17 @@ def test_the_papers_data_has_no_star():
 def test_errors_before_the_work(data, models, tmp_path, monkeypatch, run):
     """A wrong folder, an unknown second model: no model is loaded."""
     monkeypatch.setattr(paraclip, "load_model", None)
-    for folder in (data / "coco", tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=f"--data {folder}: nothing to evaluate, none of"):
-            run(models[0], "--data", folder)
-    with pytest.raises(InputError, match="none of these is there: imagenet/val$"):
-        run(models[0], "--data", data, "--tasks", "imagenet")
-    with pytest.raises(InputError, match="no-such-model: "):
-        run(models[0], "no-such-model", "--data", data)
+    for flags, error in (
+        ([models[0], "--data", tmp_path], f"--data {tmp_path}: nothing to evaluate, none of"),
+        ([models[0], "--data", data, "--tasks", "imagenet"], "is there: imagenet/val$"),
+        ([models[0], "no-such-model", "--data", data], "no-such-model: "),
+    ):
+        with pytest.raises(InputError, match=error):
+            run(*flags)
 
 
 def test_nothing_is_lost_by_a_later_error(copy, models, tmp_path, run, capsys):
     """A task that is done is in the JSON at once; the table comes before the gallery."""
-    with pytest.raises(InputError, match="nowhere/r.json: can't be written"):
-        run(models[0], "--data", copy, "--tasks", "vg-r", "--json", tmp_path / "nowhere/r.json")
-    assert "vg-r: VG-R" in capsys.readouterr().out
     (copy / "paraphrased_retrieval.jsonl").unlink()
     with pytest.raises(InputError, match=r"paraphrased_retrieval\.jsonl is not there"):
         run(models[0], "--data", copy, "--tasks", "coco", "--gallery", tmp_path / "3.html")
@@ -425,9 +415,7 @@ def test_images_once_for_a_shared_tower(data, models, tmp_path, monkeypatch, run
     """
     encoded = []
     original = evaluate.open_item
-    monkeypatch.setattr(
-        evaluate, "open_item", lambda item: encoded.append(item) or original(item)
-    )
+    monkeypatch.setattr(evaluate, "open_item", lambda x: encoded.append(x) or original(x))
     config = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "pool_type": "avg"}}
     other = make_clip(tmp_path / "other", config)
     flags = ("--data", data, "--tasks", "paraphrase", "coco", "vg-r")
@@ -502,24 +490,20 @@ def test_own_photos_in_subfolders(own, models, run, capsys):
         evaluate.read_paraphrases(own)
 
 
-def test_gold_recall_by_hand(own, monkeypatch):
-    """The gold image is first for the queries; for the paraphrases it is the sixth."""
-    images, _, golds = evaluate.read_paraphrases(own)
-    rankings = []
-    for gold in golds:
-        others = [i for i in range(14) if images[i] != gold]
-        rankings.append([*others[:5], images.index(gold or images[0]), *others[5:9]])
-    rotated = [ranking[5:] + ranking[:5] for ranking in rankings]
-    monkeypatch.setattr(evaluate, "rank_paraphrases", lambda *_: (rotated, rankings))
-    scores = evaluate.paraphrased_retrieval(own, ANY).sub_scores
+def test_golds_and_their_recall(data, monkeypatch):
+    """COCO's ids without zeros, as text, a file, without its ending, below a folder; or none.
+
+    The gold image is first for the queries; for the paraphrases it is the sixth.
+    """
+    images, _, golds = evaluate.read_paraphrases(data)
+    assert [gold and gold.name for gold in golds] == [*NAMES[:4], None, NAMES[1]]
+    firsts = [images.index(gold or images[0]) for gold in golds]
+    rankings = [[(first + i) % 14 for i in range(10)] for first in firsts]
+    later = [[(first + 9 + i) % 14 for i in range(10)] for first in firsts]
+    monkeypatch.setattr(evaluate, "rank_paraphrases", lambda *_: (rankings, later))
+    scores = evaluate.paraphrased_retrieval(data, ANY).sub_scores
     assert [scores[f"query R@{k}"] for k in (1, 5, 10)] == [100, 100, 100]
     assert [scores[f"paraphrase R@{k}"] for k in (1, 5, 10)] == [0, 0, 100]
-
-
-def test_cocos_ids(data):
-    """Without zeros, as text, as a file, without its ending, below a folder; and a pair without."""
-    _, _, golds = evaluate.read_paraphrases(data)
-    assert [gold and gold.name for gold in golds] == [*NAMES[:4], None, NAMES[1]]
 
 
 def test_the_page_of_figure_3(own, models, run):
@@ -528,7 +512,7 @@ def test_the_page_of_figure_3(own, models, run):
     exif[0x0112] = 6  # turn it by 90 degrees
     photo = Image.new("RGB", (80, 40), "red")
     photo.paste("blue", (0, 0, 40, 40))  # blue on the left; above, when it is turned
-    for path in (own / "images").rglob("photo.*"):
+    for path in list((own / "images").rglob("photo.*")):
         path.unlink()
         photo.save(path.with_suffix(".jpg"), exif=exif)
     write_pairs(
@@ -569,5 +553,4 @@ def test_paper_rows(tmp_path):
         assert (found and found["figures"]["STS"]) == figure
     write(tmp_path / "config.json", '{"model_type": "clip"}')
     assert evaluate.paper_row(str(tmp_path)) is None
-    assert len(evaluate.PAPER) == 17
-    assert all(len(figures) == 8 for figures in evaluate.PAPER.values())
+    assert [len(figures) for figures in evaluate.PAPER.values()] == [8] * 17
