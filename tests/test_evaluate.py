@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -55,14 +54,11 @@ def test_ranking_against_exact_integers():
     assert [evaluate.rank_gallery(query[None], gallery)[0] for query in queries] == naive
 
 
-def test_recall_by_hand():
-    """Two items of one label, a query that has its item only later, and one without a label."""
+def test_recall_and_spearman_by_hand():
+    # two items of one label; a query whose item comes second; a query without a label
     rankings = [[0, 1, 2], [2, 1, 0], [1, 0, 2]]
     for k, percent in ((1, 0), (2, 50), (3, 100)):
         assert evaluate.recall(rankings, "abb", ["b", "a", None], k) == percent
-
-
-def test_spearman():
     # the ranks are 1 2.5 2.5 4 and 1 3 2 4
     assert evaluate.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(94.86833)
     assert evaluate.spearman([1, 1, 1], [1, 2, 3]) is None
@@ -272,16 +268,6 @@ def test_features_are_open_clips(data, models, monkeypatch):
     assert len(encoded) == len(set(encoded)) == len(texts) + 7 * 9 + 1
 
 
-def test_an_image_that_cannot_be_read_is_named_with_the_reason(data, models, tmp_path):
-    encoders = encoders_of(paraclip.load_model(models[0]))
-    good = data / "coco/val2017" / NAMES[0]
-    write(tmp_path / "cut.jpg", good.read_bytes()[:300])
-    Image.new("RGB", (1, 99)).save(tmp_path / "thin.png")
-    for name, reason in (("cut.jpg", "[Tt]runcated"), ("thin.png", "50 times")):
-        with pytest.raises(InputError, match=rf"{name}.* can't be read .*{reason}.*\Z"):
-            encoders.images([good, tmp_path / name])
-
-
 def test_precision_and_damaged_weights(data, models):
     model = paraclip.load_model(models[0])
     features = []
@@ -291,7 +277,7 @@ def test_precision_and_damaged_weights(data, models):
         features.append(torch.cat([encoders.texts(["a dog"]), images]))
     differences = (features[0] - features[1]).abs().amax(1)
     assert differences.min() > 0 and differences.max() < 0.02
-    model.clip.text_projection.data[0] = math.nan
+    model.clip.text_projection.data[0] = float("nan")
     with pytest.raises(InputError, match="not finite"):
         encoders_of(model).texts(["a dog"])
 
@@ -323,10 +309,8 @@ def cells(out, label):
 
 def figures_of(model):
     """{column: figure} of a model in the JSON file."""
-    figures = {}
-    for result in model["tasks"].values():
-        figures.update(result["figures"])
-    return figures
+    results = model["tasks"].values()
+    return {column: figure for each in results for column, figure in each["figures"].items()}
 
 
 def test_two_models_as_a_user(data, models, tmp_path):
@@ -402,7 +386,7 @@ def test_nothing_is_lost_by_a_later_error(copy, models, tmp_path, run, capsys):
     assert cells(capsys.readouterr().out, models[0])["T R@5"] != "not run"
 
     write(copy / "coco/val2017" / NAMES[3], b"")
-    with pytest.raises(InputError, match=f"{NAMES[3]} can't be read "):
+    with pytest.raises(InputError, match=rf"{NAMES[3]} can't be read .*cannot identify.*\Z"):
         run(models[0], "--data", copy, "--tasks", "sts", "coco")
     (model,) = json.loads((tmp_path / "run.json").read_text())["models"]
     assert list(figures_of(model)) == ["STS"]
@@ -437,15 +421,14 @@ def test_figures_do_not_depend_on_blocks_or_workers(data, models, monkeypatch, r
 
 # ---------------------------------------------------------------- one's own photos
 
-ENDINGS = [".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".webp", ".jfif", ".bmp", ".tiff"]
-
 
 @pytest.fixture
 def own(tmp_path, data):
     """A user's own folder: photos at the top and, of the same names, in a subfolder; and pairs."""
+    endings = ["jpg", "JPG", "jpeg", "JPEG", "png", "PNG", "webp", "jfif", "bmp", "tiff"]
     for i, name in enumerate(NAMES):
         folder = "images/trip" if i % 2 else "images"
-        path = tmp_path / "mine" / folder / f"photo.{i // 2}{ENDINGS[i % len(ENDINGS)]}"
+        path = tmp_path / "mine" / folder / f"photo.{i // 2}.{endings[i % len(endings)]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.open(data / "coco/val2017" / name).save(path)
     for other in ("._photo.1.jpg", "trip/._photo.1.jpg", "notes.txt"):
@@ -537,8 +520,7 @@ def test_the_page_of_figure_3(own, models, run):
 
 def test_paper_rows(tmp_path):
     """Baselines by name; runs by base model and losses in any order; else nothing."""
-    for baseline in paraclip.BASELINES:
-        assert evaluate.paper_row(baseline)["row"] == baseline
+    assert [evaluate.paper_row(name)["row"] for name in paraclip.BASELINES] == [*paraclip.BASELINES]
     assert evaluate.paper_row("openclip-2b")["figures"]["VG-R"] == 45.0
     assert evaluate.paper_row("ViT-B-32:openai") is None  # the wrong activation
     for model, loss, figure in (
