@@ -402,11 +402,10 @@ def read_coco(data):
     captions_of = collections.defaultdict(list)
     with naming(f"{path}, whose images are in {folder}"):
         content = json.loads(path.read_bytes())
-        image_of = {}
-        for entry in content["images"]:
-            image_of[entry["id"]] = images[image_name(entry["file_name"])]
+        name_of = {entry["id"]: image_name(entry["file_name"]) for entry in content["images"]}
         for annotation in content["annotations"]:
-            captions_of[image_of[annotation["image_id"]]].append(annotation["caption"])
+            image = images[name_of[annotation["image_id"]]]
+            captions_of[image].append(annotation["caption"])
     return [(image, text) for image in sorted(captions_of) for text in captions_of[image][:5]]
 
 
