@@ -604,16 +604,18 @@ PAGE = """<!DOCTYPE html>
 <title>ParaCLIP, Figure 3</title>
 <style>
 body { font: 15px sans-serif; }
-main { display: grid; gap: 6px 20px; }
+main { display: grid; grid-template-columns: max-content max-content; gap: 6px 20px; }
 div { display: flex; }
 p { margin: 0; }
+div + p { grid-column: 1; }
 .caption { margin-bottom: 16px; }
 h2 { grid-column: 1 / -1; margin: 12px 0 0; font-size: 17px; }
 img { width: 104px; height: 104px; border: 4px solid lightgrey; }
 img.gold { border-color: #f0a800; }
 </style>
 <p class="caption"><b>Figure 3</b> Queries A and B that mean the same, and each model's five best
-images. The image that the queries are about has a gold frame.</p>"""
+images. The image that the queries are about has a gold frame.</p>
+<main>"""
 
 
 def write_gallery(path, data, names, encoders):
@@ -627,7 +629,7 @@ def write_gallery(path, data, names, encoders):
     overlaps = np.array([list(map(average_overlap, *each)) for each in rankings])  # [model, pair]
     order = np.argsort(-abs(overlaps[-1] - overlaps[0]), kind="stable")
 
-    lines = [PAGE, f'<main style="grid-template-columns: repeat({len(names)}, max-content)">']
+    lines = [PAGE]
     lines += [f"<b>{html.escape(name)}</b>" for name in names]
     for pair in order[:3]:
         for letter, texts, *rankings_of_models in zip("AB", queries, *rankings):
