@@ -478,6 +478,7 @@ def test_golds_and_their_recall(data, monkeypatch):
 
     The gold image is first for the queries; for the paraphrases it is the sixth.
     """
+    (data / "images").mkdir()  # not looked at, as coco/val2017 is there
     images, _, golds = evaluate.read_paraphrases(data)
     assert [gold and gold.name for gold in golds] == [*NAMES[:4], None, NAMES[1]]
     firsts = [images.index(gold or images[0]) for gold in golds]
