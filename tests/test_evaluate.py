@@ -525,7 +525,7 @@ def test_paper_rows(tmp_path):
     assert evaluate.paper_row("openclip-2b")["figures"]["VG-R"] == 45.0
     assert evaluate.paper_row("ViT-B-32:openai") is None  # the wrong activation
     for model, loss, figure in (
-        ("openai", "T1:T2 I:T2 T:T1", 72.2), ("openai", "I:T1 I:T I:T2", 68.8),
+        ("openai", "T1:T2 T:T1 I:T2", 72.2), ("openai", "I:T1 I:T I:T2", 68.8),
         ("laclip", "I:T2 T:T1 T1:T2", 71.4), ("openclip-400m", "I:T", None),
         ("runs/first", "I:T2 T:T1 T1:T2", None),
     ):
