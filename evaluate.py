@@ -160,9 +160,7 @@ def read_paraphrases(data):
     else the user's own photos.
     """
     path = find(data, "paraphrased_retrieval.jsonl")
-    folder = data / "coco/val2017"
-    if not folder.exists():
-        folder = find(data, "images")
+    folder = find(data, "coco/val2017", "images")
     images = find_images(folder)
 
     def parse_pair(line):
@@ -173,8 +171,7 @@ def read_paraphrases(data):
 
     pairs = list(paraclip.read_jsonl(path, parse_pair))
     if not pairs or len(images) < 10:
-        raise InputError(f"{path}: {len(pairs)} pairs, and {len(images)} images in {folder}; "
-                         "AO@10 takes one pair and ten images at least")
+        raise InputError(f"{path}: AO@10 wants a pair here, and ten images in {folder}")
     *queries, golds = zip(*pairs)
     return list(images.values()), queries, golds
 
@@ -227,9 +224,9 @@ def vg_relation(data, encoders):
 
     The mean of the accuracies of all relations but the symmetric ones, in percent.
     """
-    groups = read_aro(data, "visual_genome_relation.json")
-    counted = {name: groups[name] for name in groups if name not in SYMMETRIC}
-    return aro_accuracy("VG-R", groups, counted, encoders)
+    examples = read_aro(data, "visual_genome_relation.json")
+    counted = [example for example in examples if example[0] not in SYMMETRIC]
+    return aro_accuracy("VG-R", examples, counted, encoders)
 
 
 def vg_attribution(data, encoders):
@@ -237,50 +234,49 @@ def vg_attribution(data, encoders):
 
     The mean of the accuracies of all pairs of attributes with 25 examples or more, in percent.
     """
-    groups = read_aro(data, "visual_genome_attribution.json")
-    counted = {name: groups[name] for name in groups if len(groups[name]) >= 25}
-    return aro_accuracy("VG-A", groups, counted, encoders)
+    examples = read_aro(data, "visual_genome_attribution.json")
+    sizes = collections.Counter(example[0] for example in examples)
+    counted = [example for example in examples if sizes[example[0]] >= 25]
+    return aro_accuracy("VG-A", examples, counted, encoders)
 
 
-def aro_accuracy(column, groups, counted, encoders):
-    """The mean accuracy of the groups in `counted`, in percent; the other groups are left out.
+def aro_accuracy(column, examples, counted, encoders):
+    """The mean over the groups of their accuracy on the examples in `counted`, in percent.
 
     An answer is right if cos(crop, true caption) > cos(crop, false caption): a tie is wrong.
     """
     if not counted:
-        raise InputError(f"{column}: none of its {len(groups)} groups of examples counts")
-    crops, true_captions, false_captions = zip(*itertools.chain(*counted.values()))
+        raise InputError(f"{column}: none of its {len(examples)} examples counts")
+    groups, crops, true_captions, false_captions = zip(*counted)
     image_features = encoders.images(crops)
     true_cosines = (image_features * encoders.texts(true_captions)).sum(1)
     false_cosines = (image_features * encoders.texts(false_captions)).sum(1)
-    right = (true_cosines > false_cosines).double()
-    accuracy = {}
-    sizes = [len(examples) for examples in counted.values()]
-    for group, part in zip(counted, right.split(sizes)):
-        accuracy[group] = 100 * part.mean().item()
+    right = (true_cosines > false_cosines).tolist()
+    answers = collections.defaultdict(list)
+    for group, answer in zip(groups, right):
+        answers[group].append(answer)
+    accuracy = {group: 100 * fmean(answers[group]) for group in answers}
     macro = fmean(accuracy.values())
-    pairs = sum(map(len, groups.values()))
-    counts = {"pairs": pairs, "pairs_counted": len(right), "groups": len(accuracy)}
-    micro = 100 * right.mean().item()
-    sub_scores = {"macro": macro, "micro": micro, "by_group": accuracy}
+    sub_scores = {"macro": macro, "micro": 100 * fmean(right), "by_group": accuracy}
+    counts = {"pairs": len(examples), "pairs_counted": len(right), "groups": len(accuracy)}
     return Result({column: macro}, counts, sub_scores)
 
 
 def read_aro(data, file_name):
-    """One of ARO's two files, {group: its examples (crop, true caption, false caption)}.
+    """One of ARO's two files, a list of (group, crop, true caption, false caption).
 
     group: the relation, or the two attributes in their order. crop: (path, box in pixels).
     """
     path = find(data, f"aro/{file_name}")
     folder = find(data, "aro/images")
-    groups = collections.defaultdict(list)
+    examples = []
     with naming(path):
         for entry in json.loads(path.read_bytes()):
             group = entry.get("relation_name") or "_".join(entry["attributes"])
             x, y, width, height = (entry[f"bbox_{key}"] for key in "xywh")
             crop = folder / entry["image_path"], (x, y, x + width, y + height)
-            groups[group].append((crop, entry["true_caption"], entry["false_caption"]))
-    return groups
+            examples.append((group, crop, entry["true_caption"], entry["false_caption"]))
+    return examples
 
 
 # The seven tasks, and the sub-sets of each year. Files of other sub-sets are not read: STS13's
@@ -306,10 +302,11 @@ def sts(data, encoders):
     result = Result({}, {}, {})
     for task in STS:
         try:
-            subsets, first, second, golds = read_sts(folder, task)
+            pairs = read_sts(folder, task)
         except NotThere as missing:
             result.not_run[task] = str(missing)
             continue
+        subsets, first, second, golds = zip(*pairs)
         cosines = (encoders.texts(first) * encoders.texts(second)).sum(1)
         # Rounded to 6 decimals: a text's cosine with itself is 1 only up to 2^-26, and must tie.
         cosines = cosines.round(decimals=6).tolist()
@@ -325,7 +322,7 @@ def sts(data, encoders):
 
 
 def read_sts(folder, task):
-    """Of the scored pairs of a task: sub-sets, first sentences, second sentences, gold scores."""
+    """The scored pairs of a task: [sub-set, first sentence, second sentence, gold score]."""
     rows = []
     if task == "STS-B":  # no header: genre, file, year, id, score, sentence 1, sentence 2, ...
         rows = read_table([0, 5, 6, 4], find(folder, "STSBenchmark/sts-test.csv"))
@@ -338,19 +335,14 @@ def read_sts(folder, task):
         for row in read_table([1, 2, 0], golds, sentences):
             rows.append([subset, *row])
     with naming(f"{folder}, {task}"):
-        return zip(*[(*row, float(gold)) for *row, gold in rows if gold.strip()])
+        return [[*row, float(gold)] for *row, gold in rows if gold.strip()]
 
 
 def read_table(columns, *paths):
-    """The cells of some columns of tab-separated files, which are laid side by side.
-
-    Quotes are text, as is U+2028.
-    """
-    tables = []
+    """The cells of some columns of tab-separated files, laid side by side. Quotes are text."""
     with naming(paths[0]):
-        for path in paths:
-            text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-            tables.append(text.removesuffix("\n").split("\n"))
+        texts = [path.read_text("utf-8-sig").removesuffix("\n") for path in paths]
+        tables = [text.split("\n") for text in texts]  # not splitlines(): U+2028 is text
         rows = ["\t".join(lines).split("\t") for lines in zip(*tables, strict=True)]
         return [[row[column] for column in columns] for row in rows]
 
@@ -377,9 +369,8 @@ def imagenet(data, encoders):
 def zero_shot_weights(encoders):
     """[1000, D]: for each class, the normalised mean feature of its name in CLIP's 80 templates."""
     templates = open_clip.OPENAI_IMAGENET_TEMPLATES
-    prompts = []
-    for name in open_clip.IMAGENET_CLASSNAMES:
-        prompts += [template(name) for template in templates]
+    names = open_clip.IMAGENET_CLASSNAMES
+    prompts = [template(name) for name in names for template in templates]
     return fixed_point(encoders.texts(prompts).unflatten(0, (-1, len(templates))).mean(1))
 
 
@@ -389,10 +380,8 @@ def coco(data, encoders):
     T R@5: for how many images is one of their captions among the five best of all captions?
     I R@5: for how many captions is their image among the five best of all images?
     """
-    captions_of = read_coco(data)
-    images = list(captions_of)
-    captions = list(itertools.chain(*captions_of.values()))
-    image_of_caption = [image for image in images for _ in captions_of[image]]
+    image_of_caption, captions = zip(*read_coco(data))
+    images = list(dict.fromkeys(image_of_caption))
     image_features = encoders.images(images)
     caption_features = encoders.texts(captions)
     captions_for_images = rank_gallery(image_features, caption_features)
@@ -406,7 +395,7 @@ def coco(data, encoders):
 
 
 def read_coco(data):
-    """{image's path: its first five captions}, sorted."""
+    """[(image's path, caption)]: the first five captions of each image, sorted by image."""
     path = find(data, "coco/annotations/captions_val2017.json")
     folder = find(data, "coco/val2017")
     images = find_images(folder)
@@ -417,7 +406,7 @@ def read_coco(data):
         for annotation in content["annotations"]:
             image = images[name_of[annotation["image_id"]]]
             captions_of[image].append(annotation["caption"])
-    return {image: captions_of[image][:5] for image in sorted(captions_of)}
+    return [(image, text) for image in sorted(captions_of) for text in captions_of[image][:5]]
 
 
 # ------------------------------------------------------------------ Table 1 and Table 2
@@ -502,10 +491,11 @@ class NotThere(InputError):
     """A benchmark's file is missing: it is not run."""
 
 
-def find(folder, pattern):
-    """The path in a folder that a pattern names. Raises NotThere."""
-    for path in folder.glob(pattern):
-        return path
+def find(folder, *patterns):
+    """The first path in a folder that one of the patterns names. Raises NotThere."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            return path
     raise NotThere(f"{folder}/{pattern} is not there")
 
 
@@ -516,15 +506,16 @@ def find_images(folder):
     A name is the path below the folder without the ending. Raises InputError if two have one.
     """
     images = {}
-    files = sorted(files_below(folder))
-    for path in files:
-        name = image_name(path.relative_to(folder).as_posix())
+    others = 0
+    for path in sorted(files_below(folder)):
+        name = image_name(str(path.relative_to(folder)))
         if name in images:
-            raise InputError(f"{path} and {images[name].name}: two images have one name but for "
-                             "the ending; rename or remove one of them")
+            raise InputError(f"{path} and {images[name]}: two images have one name but for the "
+                             "ending; rename or remove one of them")
         if name:
             images[name] = path
-    others = len(files) - len(images)
+        else:
+            others += 1
     print(f"{folder}: {len(images):,} images; {others:,} other files are passed over", flush=True)
     return images
 
@@ -613,15 +604,18 @@ PAGE = """<!DOCTYPE html>
 <title>ParaCLIP, Figure 3</title>
 <style>
 body { font: 15px sans-serif; }
-main { display: grid; gap: 6px 20px; }
+main { display: grid; grid-template-columns: max-content max-content; gap: 6px 20px; }
+div { display: flex; }
 p { margin: 0; }
+div + p { grid-column: 1; }
 .caption { margin-bottom: 16px; }
 h2 { grid-column: 1 / -1; margin: 12px 0 0; font-size: 17px; }
 img { width: 104px; height: 104px; border: 4px solid lightgrey; }
 img.gold { border-color: #f0a800; }
 </style>
 <p class="caption"><b>Figure 3</b> Queries A and B that mean the same, and each model's five best
-images. The image that the queries are about has a gold frame.</p>"""
+images. The image that the queries are about has a gold frame.</p>
+<main>"""
 
 
 def write_gallery(path, data, names, encoders):
@@ -635,14 +629,14 @@ def write_gallery(path, data, names, encoders):
     overlaps = np.array([list(map(average_overlap, *each)) for each in rankings])  # [model, pair]
     order = np.argsort(-abs(overlaps[-1] - overlaps[0]), kind="stable")
 
-    lines = [PAGE, f'<main style="grid-template-columns: repeat({len(names)}, max-content)">']
+    lines = [PAGE]
     lines += [f"<b>{html.escape(name)}</b>" for name in names]
     for pair in order[:3]:
         for letter, texts, *rankings_of_models in zip("AB", queries, *rankings):
             lines.append(f"<h2>{letter}: {html.escape(texts[pair])}</h2>")
             for each in rankings_of_models:
                 best = [show_image(images[item], golds[pair]) for item in each[pair][:5]]
-                lines.append(f"<div>{''.join(best)}</div>")
+                lines += ["<div>", *best, "</div>"]
         lines += [f"<p>AO@10 of A and B: {100 * overlap:.1f}</p>" for overlap in overlaps[:, pair]]
     paraclip.write_file(path, "\n".join(lines).encode("utf-8", "replace"))
 
@@ -651,7 +645,7 @@ def show_image(path, gold):
     """An image as HTML that holds it: a square, turned as its EXIF says."""
     image = ImageOps.exif_transpose(paraclip.read_image(path)).convert("RGB")
     content = io.BytesIO()
-    ImageOps.fit(image, (208, 208)).save(content, "JPEG", quality=90)
+    ImageOps.fit(image, (208, 208)).save(content, "JPEG")
     source = base64.b64encode(content.getvalue()).decode()
     frame = "gold" if path == gold else "grey"
     return (f'<img class="{frame}" title="{html.escape(path.name)}" '
@@ -723,15 +717,13 @@ def parse_args(argv=None):
 
 
 def check_flags(args):
-    """Raise InputError or OSError for what can be seen before a model is loaded."""
+    """Raise InputError for what can be seen before a model is loaded."""
     for name in args.models:
         paraclip.find_model(name)
     files = [TASKS[task].file for task in args.tasks]
     if not any((args.data / file).exists() for file in files):
         raise InputError(f"--data {args.data}: nothing to evaluate, none of these is there: "
                          f"{', '.join(files)}")
-    for path in filter(None, (args.json, args.gallery)):
-        path.open("ab").close()  # what can't be written fails now, not after hours
 
 
 def main():
@@ -759,11 +751,11 @@ def main():
             except NotThere as missing:
                 result = Result({}, {}, {}, {task: str(missing)})
             tasks[task] = vars(result)
-            if args.json:
-                paraclip.write_json(args.json, report)
             scores = {**result.figures, **result.sub_scores}
             shown = [f"{key} {scores[key]:.1f}" for key in scores if key in COLUMNS or "R@" in key]
             print(f"{name}: {task}: {', '.join(shown) or 'not run'}", flush=True)
+            if args.json:
+                paraclip.write_json(args.json, report)
         in_gallery = [*in_gallery, encoders][:2]
     print(f"\n{table(report['models'])}")
     if args.gallery:
