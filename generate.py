@@ -279,29 +279,12 @@ def generate(flags):
     endpoint = Endpoint(flags)
     file, written = open_output(flags.output)
 
-    # The captions are read twice: to count them before the first call is paid, and to ask.
-    count = Counter()
-    for _ in tqdm(captions_to_ask(flags, written, count), "captions", leave=False, disable=None):
-        pass
-    print(f"captions: {dict(count)}", flush=True)
-    # What earlier runs have passed by comes last, since most of it failed: fifty old failures in
-    # a row would stop this run before it came to a new caption.
-    passed_by = count["passed by before"]
-    old = itertools.islice(captions_to_ask(flags, written, Counter()), passed_by)
-    new = itertools.islice(captions_to_ask(flags, written, Counter()), passed_by, None)
-    captions = itertools.chain(new, old)
-
-    todo, ended = start_workers(endpoint, flags.concurrency)
-    busy = 0
+    todo = captions_to_ask(flags, written)
+    ended = start_workers(todo, endpoint, flags.concurrency)
     failed = 0
     failed_in_a_row = 0
-    with tqdm(total=count["to do"], unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
-        while True:
-            for row in itertools.islice(captions, flags.concurrency - busy):
-                todo.put(row)
-                busy += 1
-            if not busy:
-                break
+    with tqdm(total=len(todo), unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
+        while bar.n < len(todo):
             bar.set_postfix(endpoint.tokens, failed=failed, trouble=endpoint.trouble, refresh=False)
             bar.update(0)
             try:
@@ -309,7 +292,6 @@ def generate(flags):
             except queue.Empty:
                 continue
             bar.update()
-            busy -= 1
             if reason is None:
                 append(file, row)
                 failed_in_a_row = 0
@@ -323,24 +305,25 @@ def generate(flags):
                 raise InputError(f"{failed_in_a_row} captions failed one after another, the last: "
                                  f"{reason}; are --model, --endpoint {endpoint.url} and --sampling "
                                  "right, and --concurrency and --timeout, if the server is slow?")
-    print(f"{flags.output}: {count['to do'] - failed} rows more; tokens: {dict(endpoint.tokens)}")
+    print(f"{flags.output}: {len(todo) - failed} rows more; tokens: {dict(endpoint.tokens)}")
     if failed:
         print(f"{failed} captions failed, the last: {last_reason}; {flags.output}.failed has all "
               "reasons. The same command asks for them again", file=sys.stderr)
     return 1 if failed else 0
 
 
-def start_workers(endpoint, count):
-    """Start threads that run two_step on rows. Returns the queues of rows and of results.
+def start_workers(todo, endpoint, count):
+    """Start threads that run two_step on the lines of `todo`. Returns the queue of results.
 
-    A result is a row, with its paraphrases or not, and why it has failed, or None.
+    A result is a row, with its paraphrases or not, and why it has failed, or None. Few fit into
+    the queue: on a slow disk no answers pile up that a kill would lose.
     """
-    todo = queue.SimpleQueue()
-    ended = queue.SimpleQueue()
+    lines = iter(todo)
+    ended = queue.Queue(count)
 
     def work():
-        while True:
-            row = todo.get()
+        for line in lines:  # each line goes to one thread
+            row = json.loads(line)
             reason = None
             try:
                 row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
@@ -350,15 +333,20 @@ def start_workers(endpoint, count):
 
     for _ in range(count):
         threading.Thread(target=work, daemon=True).start()  # a daemon does not delay Ctrl-C
-    return todo, ended
+    return ended
 
 
-def captions_to_ask(flags, written, count):
-    """Yield the captions without a row, as rows to be. `count` tells what became of all of them.
+def captions_to_ask(flags, written):
+    """The captions without a row, as lines of JSON: five million of them fit into memory.
 
-    written: the keys of the rows that this job has found.
+    written: the keys of the rows that this job has found. What earlier runs have passed by comes
+    last, since most of it failed: fifty old failures in a row would stop this run before it came
+    to a new caption.
     """
+    count = Counter()
     seen = set()
+    todo = []
+    passed_by = 0
     for row in read_captions(flags.captions, count):
         key = key_of(row)
         if not flags.min_words <= len(row["caption"].split()) <= flags.max_words:
@@ -366,15 +354,15 @@ def captions_to_ask(flags, written, count):
         elif key not in seen:  # exact doubles count once
             seen.add(key)
             if key in written:
-                count["with a row"] += 1
-                count["passed by before"] = count["to do"]
+                passed_by = len(todo)
             else:
-                count["to do"] += 1
-                yield row
+                todo.append(line_of(row))
             if len(seen) == flags.limit:
-                return
+                break
     if not seen:
         raise InputError(f"{flags.captions}: no captions; {dict(count)}")
+    print(f"captions: {len(todo)} of {len(seen)} to do; {dict(count)}", flush=True)
+    return todo[passed_by:] + todo[:passed_by]
 
 
 def key_of(row):
@@ -391,10 +379,9 @@ ROW_START = b'{"image_id": '
 def open_output(path):
     """Open a file to append rows to, locked. Returns it, and the keys of the rows in it.
 
-    The start of a row at its end, torn by a kill, is cut off. A file that holds anything else is
-    an InputError, and is not changed.
+    What follows its last row, such as the start of one that a kill has torn, is cut off. A file
+    that holds anything else is an InputError, and is not changed.
     """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     file = open(path, "ab+", buffering=0)  # noqa: SIM115 - for as long as we run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -404,20 +391,20 @@ def open_output(path):
         print(f"{path}: is on a disk without locks; start no second job on it", file=sys.stderr)
     written = set()
     end = 0
-    for row, end in tqdm(read_rows(path), "rows", leave=False, disable=None):
+    for row, end in read_rows(path):
         written.add(key_of(row))
     file.truncate(end)
-    if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-        file.write(b"\n")  # which an editor has taken away
+    if written:
+        file.write(b"\n")  # the last row's, which an editor may have taken away
     return file, written
 
 
 def append(file, row):
     """Write a row as one line, whole or not at all. Not buffered: kill -9 loses nothing."""
     line = line_of({"image_id": row["image_id"], **row})  # begins with ROW_START
-    end = file.seek(0, os.SEEK_END)
-    if file.write(line) < len(line):
-        file.truncate(end)
+    size = file.write(line)
+    if size < len(line):
+        file.truncate(file.tell() - size)
         raise InputError(f"{file.name}: the disk is full; make room, and run the same command")
 
 
@@ -453,16 +440,22 @@ def expand(patterns):
     return paths
 
 
+def reading(items, path):
+    """The items of a file, with a bar in a terminal."""
+    return tqdm(items, path, leave=False, disable=None)
+
+
 def read_rows(path, needed=ROW_KEYS):
-    """Yield (row, the byte after it) of each line of a .jsonl, or of a .tsv with a header.
+    """Yield (row, where it ends in the file) of each line of a .jsonl, or of a .tsv with a header.
 
     The start of a row that a kill has torn, at the end of the file, is passed over.
     """
-    end = 0
+    start = 0
     header = None
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            end += len(line)
+        for number, line in enumerate(reading(lines, path), 1):
+            end = start + len(line.rstrip())
+            start += len(line)
             if line.isspace():
                 continue
             try:
@@ -479,8 +472,8 @@ def read_rows(path, needed=ROW_KEYS):
                 torn = ROW_START.startswith(line[: len(ROW_START)]) and not line.endswith(b"\n")
                 if torn and isinstance(error, ValueError):
                     return
-                raise InputError(f"{path}:{number}: needs {' and '.join(needed)} (in a .tsv: "
-                                 f"filepath and title), but {error!r}") from None
+                raise InputError(f"{path}:{number}: {error!r}; needs image_id and caption (a .tsv: "
+                                 "filepath and title), an output's row its paraphrases") from None
             yield row, end
 
 
@@ -515,7 +508,7 @@ def read_tar(path, count):
     captions = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
+            for member in reading(tar, path):
                 key, ending = os.path.splitext(member.name.removeprefix("./"))
                 if ending == ".txt":
                     captions[key] = text_of(tar.extractfile(member).read())
@@ -541,19 +534,17 @@ def export_chat(flags):
 
     As "prompt" and "completion", so that trl's loss is of the answer alone.
     """
-    target = os.path.realpath(flags.export_chat)
     paths = expand(flags.captions)
-    if target in map(os.path.realpath, paths):
+    if os.path.realpath(flags.export_chat) in map(os.path.realpath, paths):
         raise InputError(f"{flags.export_chat}: is an input; name another file to write to")
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    with open(f"{target}.part", "wb") as file:
+    with open(f"{flags.export_chat}.part", "wb") as file:
         for path in paths:
-            for row, _ in tqdm(read_rows(path), path, unit=" rows", mininterval=BAR_SECONDS):
+            for row, _ in read_rows(path):
                 for prompt, source, answer in zip(PROMPTS, ROW_KEYS[1:], ROW_KEYS[2:]):
                     question = {"role": "user", "content": prompt.format(row[source])}
                     reply = {"role": "assistant", "content": row[answer]}
                     file.write(line_of({"prompt": [question], "completion": [reply]}))
-    os.replace(file.name, target)
+    os.replace(file.name, flags.export_chat)
 
 
 # ---------------------------------------------------------------- flags, and main
@@ -615,6 +606,7 @@ def main():
     try:
         if os.path.exists(target) and not os.path.isfile(target):
             raise InputError(f"{target}: is no file that can be written to")
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         sys.exit(export_chat(flags) if flags.export_chat else generate(flags))
     except (InputError, OSError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
