@@ -58,10 +58,10 @@ QUOTED = re.compile(r"""["“«‘']((?:\w['’]\w|[^"“”«»‘’'])*)["”
 # The finish reasons of a whole answer; "none" where the server gives none.
 NATURAL_ENDS = ("none", "", "stop", "stop_sequence", "eos", "eos_token", "end_turn", "complete")
 EMPTY = "an empty answer"
-# What a paraphrase has only if its source has it: markup, labels and remarks, control characters,
-# the beginning of a list, and words about the task or about who does it.
+# What a paraphrase has only if its source has it: markup, labels and remarks, the ends of lines and
+# other control characters, the beginning of a list, words about the task or about who does it.
 MARKS = re.compile(
-    r"[<>\[\]{}()|\\*_`:;/•\ufffd\x00-\x1f\x7f-\x9f]|^(?:\d+\.|[-–—+#]+)(?= )"
+    r"[<>\[\]{}()|\\*_`:;/•\ufffd\x00-\x1f\x7f-\x9f\u2028\u2029]|^(?:\d+\.|[-–—+#]+)(?= )"
     r"|\bi\b(?!-)|\b(?:paraphras|rephras|reword|rewrit|sorry|apolog|caption|context)"
 )
 
@@ -85,8 +85,6 @@ def problem_with(answer, source, finish_reason, may_echo):
         return f"finish_reason {finish_reason}"
     if not words:
         return EMPTY
-    if len(answer.splitlines()) > 1:
-        return "more than one line"
     if marks:
         return f"{min(marks)!r}, which its source lacks"
     if len(words) > 3 * len(source_words) + 12:
@@ -114,7 +112,7 @@ OPENAI = "https://api.openai.com/v1"
 # The statuses of a request that may get an answer later; 0: no answer, 2xx: no chat completion.
 TRY_AGAIN = {0, *range(200, 300), 408, 409, 424, 425, 429, 498, 499, *range(500, 600)}
 RETRIES_TO_REACH = 2  # as long as no server has ever answered
-LONGEST_LIMIT = 60  # seconds in which a rate limit may let nobody through
+LONGEST_LIMIT = 120  # seconds in which a rate limit may let nobody through
 
 
 class InputError(Exception):
@@ -131,8 +129,7 @@ class Endpoint:
     def __init__(self, flags):
         self.flags = flags
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
-        base = flags.endpoint.rstrip("/").removesuffix("/chat/completions")
-        self.url = base + "/chat/completions"
+        self.url = flags.endpoint.rstrip("/") + "/chat/completions"
         if not re.match("https?://[^@]+$", self.url):
             raise InputError("--endpoint: must be like http://localhost:8000/v1, without a user")
         if flags.endpoint == OPENAI and not self.key:
@@ -147,6 +144,7 @@ class Endpoint:
             self.url, proxies={}, stream=True, verify=None, cert=None
         )
         self.session.trust_env = False
+        self.options.update(timeout=(30, flags.timeout), allow_redirects=False)
         self.reached = False  # has a server ever answered?
         self.answered_at = 0  # time.monotonic() of the last answer to anybody
         self.opens_at = 0  # time.monotonic(); until then all workers wait
@@ -157,24 +155,22 @@ class Endpoint:
     def ask(self, prompt, source, may_echo=True):
         """A good answer to `prompt` about `source`. Raises CaptionFailed."""
         failures = 0
-        last_try = time.monotonic()
         for tries in itertools.count(1):
             status, text, retry_after = self.post(prompt.format(source))
             if 200 <= status < 300:
                 answer = self.read(text, source, may_echo)
                 if answer:
                     return answer
-            self.trouble = one_line(f"HTTP {status}: {text}" if status else text)
-            if not is_transient(status, text, retry_after):
-                raise CaptionFailed(self.trouble)
+            reason = one_line(f"HTTP {status}: {text}" if status else text)
+            self.trouble = reason
 
             # No caption is to blame for a rate limit (429) that lets others through.
             now = time.monotonic()
-            if status != 429 or self.answered_at < min(last_try, now - LONGEST_LIMIT):
+            if status != 429 or now > self.answered_at + LONGEST_LIMIT:
                 failures += 1
-            if failures > (self.flags.max_retries if self.reached else RETRIES_TO_REACH):
-                raise CaptionFailed(self.trouble)
-            last_try = now
+            allowed = self.flags.max_retries if self.reached else RETRIES_TO_REACH
+            if failures > allowed or not is_transient(status, text, retry_after):
+                raise CaptionFailed(reason)
             if retry_after > 0:  # all workers wait
                 self.opens_at = max(self.opens_at, now + retry_after)
             else:  # only this caption waits, for a time that is drawn: "full jitter"
@@ -189,9 +185,8 @@ class Endpoint:
             time.sleep(pause)
         messages = [{"role": "user", "content": prompt}]
         body = {**self.flags.sampling, "model": self.flags.model, "messages": messages}
-        options = {**self.options, "timeout": (30, self.flags.timeout), "allow_redirects": False}
         try:
-            with self.session.post(self.url, json=body, **options) as reply:
+            with self.session.post(self.url, json=body, **self.options) as reply:
                 status = reply.status_code
                 if status < 200:
                     # http.client takes an interim status (103) for the answer. The true one is
@@ -249,9 +244,8 @@ def is_transient(status, text, retry_after):
     """May the same request get an answer later? Not where the server blames the request itself."""
     if "insufficient_quota" in text:  # a 429 that no waiting ends
         return False
-    if status == 403 and not text:  # a gateway's
-        return True
-    return status in TRY_AGAIN or retry_after > 0
+    # A 403 without a text is a gateway's.
+    return status in TRY_AGAIN or retry_after > 0 or (status == 403 and not text)
 
 
 def seconds_of(retry_after):
@@ -309,7 +303,8 @@ def generate(flags):
     if failed:
         print(f"{failed} captions failed, the last: {last_reason}; {flags.output}.failed has all "
               "reasons. The same command asks for them again", file=sys.stderr)
-    return 1 if failed else 0
+        return 1
+    return 0
 
 
 def start_workers(todo, endpoint, count):
@@ -479,16 +474,11 @@ def read_rows(path, needed=ROW_KEYS):
 
 def cells_of(line):
     """The cells of a .tsv's line. A cell wholly in csv's quotes loses them; any other is text."""
-    cells = text_of(line).split("\t")
+    cells = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
     for i, cell in enumerate(cells):
         if re.fullmatch(r'"([^"]|"")*"', cell):
             cells[i] = cell[1:-1].replace('""', '"')
     return cells
-
-
-def text_of(line):
-    """The text in a line of bytes, without its end."""
-    return line.decode().strip("\ufeff\r\n")
 
 
 def check_row(row, needed):
@@ -511,7 +501,7 @@ def read_tar(path, count):
             for member in reading(tar, path):
                 key, ending = os.path.splitext(member.name.removeprefix("./"))
                 if ending == ".txt":
-                    captions[key] = text_of(tar.extractfile(member).read())
+                    captions[key] = tar.extractfile(member).read().decode("utf-8-sig").strip()
                 elif ending.lower() in IMAGE_ENDINGS:
                     images.add(key)
             tar.fileobj.seek(tar.offset)
@@ -563,7 +553,6 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("captions", nargs="+",
