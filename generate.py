@@ -274,11 +274,16 @@ def generate(flags):
     file, written = open_output(flags.output)
 
     todo = captions_to_ask(flags, written)
-    ended = start_workers(todo, endpoint, flags.concurrency)
+    waiting, ended = start_workers(endpoint, flags.concurrency)
+    handed_out = 0
     failed = 0
     failed_in_a_row = 0
     with tqdm(total=len(todo), unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
         while bar.n < len(todo):
+            # No more than the workers can take: what they have in hand is what a kill loses.
+            for line in todo[handed_out : bar.n + flags.concurrency]:
+                waiting.put(line)
+                handed_out += 1
             bar.set_postfix(endpoint.tokens, failed=failed, trouble=endpoint.trouble, refresh=False)
             bar.update(0)
             try:
@@ -307,18 +312,17 @@ def generate(flags):
     return 0
 
 
-def start_workers(todo, endpoint, count):
-    """Start threads that run two_step on the lines of `todo`. Returns the queue of results.
+def start_workers(endpoint, count):
+    """Start threads that run two_step. Returns the queues of lines to work on, and of results.
 
-    A result is a row, with its paraphrases or not, and why it has failed, or None. Few fit into
-    the queue: on a slow disk no answers pile up that a kill would lose.
+    A result is a row, with its paraphrases or not, and why it has failed, or None.
     """
-    lines = iter(todo)
-    ended = queue.Queue(count)
+    waiting = queue.SimpleQueue()
+    ended = queue.SimpleQueue()
 
     def work():
-        for line in lines:  # each line goes to one thread
-            row = json.loads(line)
+        while True:
+            row = json.loads(waiting.get())
             reason = None
             try:
                 row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
@@ -328,7 +332,7 @@ def start_workers(todo, endpoint, count):
 
     for _ in range(count):
         threading.Thread(target=work, daemon=True).start()  # a daemon does not delay Ctrl-C
-    return ended
+    return waiting, ended
 
 
 def captions_to_ask(flags, written):

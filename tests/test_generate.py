@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -94,38 +95,31 @@ def slowly(delay):
 
 
 def test_two_steps_with_the_papers_prompts_and_parameters(tmp_path):
-    """Section 2.1 and Appendix A, as they go over the wire; the output's folder is made."""
+    """Section 2.1 and Appendix A, as they go over the wire; flags change them."""
     assert PROMPTS == (
         'Paraphrase the given caption "{}" concisely while preserving the meaning.',
         'Paraphrase the given text "{}" concisely while preserving the meaning'
         + " and avoiding use of existing words.",
     )
-    caption = "Boys REVERSIBLE jacket, SKU#1234.jpg"
-    answers = ("Reversible jacket for boys", "Boys' coat that can be flipped")
-    write_captions(tmp_path, 1, caption)
+    texts = ("Boys REVERSIBLE jacket, #1234.jpg", "A two-sided jacket", "Boys' coat to turn around")
+    write_captions(tmp_path, 1, texts[0])
     args = ("captions.tsv", "--output", "new/rows.jsonl")
-    done = serve(tmp_path, lambda request: answers[request.number], *args)
-    for request, prompt, source in zip(done.server.requests, PROMPTS, (caption, answers[0])):
-        message = {"role": "user", "content": prompt.replace("{}", source)}
-        sampling = {"temperature": 1.0, "top_p": 0.1, "max_tokens": 512}
-        assert request.body == {"model": "gpt-4o-mini", **sampling, "messages": [message]}
-        assert request.key == KEY
-    assert done.server.count == 2
-    row = dict(zip(ROW_KEYS, ("x/1", caption, *answers)))
-    assert lines(tmp_path / "new/rows.jsonl") == [row]
-    assert os.listdir(tmp_path / "new") == ["rows.jsonl"]
-    assert "1 rows more" in done.out
-
-
-def test_flags_reach_the_request(tmp_path):
-    sampling = {"max_completion_tokens": 2048, "effort": "minimal", "stop": ["\n"], "seed": 7}
-    words = ["max_completion_tokens=2048", "effort=minimal", 'stop=["\\n"]', "seed=7"]
-    with Server() as server:
-        args = (*write_captions(tmp_path, 1), "--endpoint", server.url + "/", "--model", "llama")
+    with Server(lambda request: texts[1 + request.number % 2]) as server:
+        done = run(*args, server=server, cwd=tmp_path)
+        assert os.listdir(tmp_path / "new") == ["rows.jsonl"]
+        assert lines(tmp_path / "new/rows.jsonl") == [dict(zip(ROW_KEYS, ("x/1", *texts)))]
+        assert "1 rows more" in done.out
+        words = ("max_completion_tokens=2048", "effort=minimal", 'stop=["\\n"]', "seed=7")
+        args = ("captions.tsv", "--output", "b.jsonl", "--endpoint", server.url + "/", "--model", "m")
         run(*args, "--sampling", *words, key="", cwd=tmp_path)
-    request = server.requests[0]
-    assert request.key == ""
-    assert request.body == {"model": "llama", **sampling, "messages": request.body["messages"]}
+    default = {"model": "gpt-4o-mini", "temperature": 1.0, "top_p": 0.1, "max_tokens": 512}
+    sampling = {"max_completion_tokens": 2048, "effort": "minimal", "stop": ["\n"], "seed": 7}
+    assert server.count == 4
+    for request in server.requests:
+        content = PROMPTS[request.step - 1].replace("{}", texts[request.step - 1])
+        assert request.body.pop("messages") == [{"role": "user", "content": content}]
+        assert request.body == (default if request.number < 2 else {"model": "m", **sampling})
+        assert request.key == (KEY if request.number < 2 else "")
 
 
 CAPTIONS = [
@@ -194,27 +188,20 @@ def test_tsv(tmp_path):
 
 def test_tar(tmp_path):
     """The caption of KEY.jpg is KEY.txt, dots and all; what lacks its partner is counted."""
-    members = {
-        "./0000.jpg": "x" * 9000, "./0000.json": "{}", "./0000.txt": "a first caption\n",
-        "22.05.jpg": "x", "22.05.txt": "a dog in may",
-        "22.06.jpg": "x", "22.06.txt": "a dog in june",
-        "b/c/7.WEBP": "x", "b/c/7.txt": "a dog in folders",
-        "8.jpg": "its caption is in the .json", "8.json": "{}",
-        "9.gif": "x", "9.txt": "an image of another kind",
-        "10.tiff": "x", "10.txt": "and one more",
-    }  # fmt: skip
+    captions = {"22.05": "a dog in may", "22.06": "a dog in june", "b/c/7": "a dog in folders"}
+    members = {"./0000.jpg": "x" * 9000, "./0000.json": "{}", "./0000.txt": "a first caption\n"}
+    members |= {"8.jpg": "its caption is in the .json", "8.json": "{}", "9.gif": "", "10.tiff": ""}
+    members |= {"9.txt": "an image of another kind", "10.txt": "and one more"}
+    for key, caption in captions.items():
+        members |= {f"{key}.WEBP": "x", f"{key}.txt": caption}
     shard = tar({name: text.encode() for name, text in members.items()})
     (tmp_path / "part2").mkdir()
     for path in ("00000.tar", "00001.tar", "part2/00001.tar"):
         (tmp_path / path).write_bytes(shard)
     done = serve(tmp_path, reword, "*.tar", "--output", "rows.jsonl")
-    expected = {}
-    for name in ("00000", "00001"):
-        expected[f"{name}/0000"] = "a first caption"
-        for key in ("22.05", "22.06", "b/c/7"):
-            expected[f"{name}/{key}"] = members[f"{key}.txt"]
-    found = {row["image_id"]: row["caption"] for row in lines(tmp_path / "rows.jsonl")}
-    assert found == expected
+    captions["0000"] = "a first caption"
+    wanted = {f"{n}/{key}": captions[key] for n in ("00000", "00001") for key in captions}
+    assert {row["image_id"]: row["caption"] for row in lines(tmp_path / "rows.jsonl")} == wanted
     assert re.search(r"partner\D*6\b", done.out)
     done = serve(tmp_path, reword, "**/*.tar", "--output", "b.jsonl", code=2)
     assert "00001.tar: their images would have the same ids" in done.err
@@ -237,26 +224,23 @@ FILES = {
     "one.jsonl": '{"image_id": "1", "caption": "a dog", "n": 5}',
 }  # fmt: skip
 ERRORS = {  # by the arguments: what the error must name
-    "none.tsv --output new": "none.tsv", "a.txt --output new": "a.txt .tsv",
-    "bytes.tsv --output new": "bytes.tsv:2 utf-8", "columns.tsv --output new": ":2 filepath title",
-    "cells.tsv --output new": "cells.tsv:3 shorter", "root.tsv --output new": "root.tsv:2 image_id",
-    "short.tsv --output new": "short.tsv no captions", "broken.jsonl --output new": "broken.jsonl:2",
-    "list.jsonl --output new": "list.jsonl:1", "deep.jsonl --output new": "deep.jsonl:1",
-    "id.jsonl --output new": "id.jsonl:1 caption", "up.jsonl --output new": "up.jsonl:1 image_id",
-    "header.tar --output new": "header.tar", "cut.tar --output new": "cut.tar cut off",
-    "bad.tar --output new": "bad.tar damaged", "gif.tar --output new": "gif.tar no captions partner",
-    "captions.tsv --output new --sampling seed": "--sampling",
-    "captions.tsv --output new --sampling seed=1 b.jsonl": "--sampling b.jsonl",
-    "captions.tsv --output new --retries 1": "--retries",
-    "captions.tsv --output new --endpoint localhost:8000": "--endpoint http://",
-    f"captions.tsv --output new --endpoint http://u:{KEY}@localhost/v1": "--endpoint",
+    "none.tsv": "none.tsv", "a.txt": "a.txt .tsv", "bytes.tsv": "bytes.tsv:2 utf-8",
+    "columns.tsv": "columns.tsv:2 filepath title", "cells.tsv": "cells.tsv:3 shorter",
+    "root.tsv": "root.tsv:2 image_id", "short.tsv": "short.tsv no captions",
+    "broken.jsonl": "broken.jsonl:2", "list.jsonl": "list.jsonl:1", "deep.jsonl": "deep.jsonl:1",
+    "id.jsonl": "id.jsonl:1 caption", "up.jsonl": "up.jsonl:1 image_id", "header.tar": "header.tar",
+    "cut.tar": "cut.tar cut off", "bad.tar": "bad.tar damaged", "gif.tar": "no captions partner",
+    "captions.tsv --sampling seed": "--sampling",
+    "captions.tsv --sampling seed=1 b.jsonl": "--sampling b.jsonl",
+    "captions.tsv --retries 1": "--retries",
+    "captions.tsv --endpoint localhost:8000": "--endpoint http://",
+    f"captions.tsv --endpoint http://u:{KEY}@localhost/v1": "--endpoint",
     # what is no output is left alone
-    "captions.tsv --output package.json": "package.json",
+    "captions.tsv --output package.json": "package.json", "captions.tsv --output .": ".: file",
     "captions.tsv --output prose.txt": "prose.txt", "captions.tsv --output torn.jsonl": "torn.jsonl",
     "captions.tsv --output one.jsonl": "one.jsonl", "captions.tsv --output id.jsonl": "id.jsonl",
-    "captions.tsv --output captions.tsv": "captions.tsv", "captions.tsv --output .": ".: file",
-    "captions.tsv --output /dev/full": "/dev/full", "one.jsonl --output one.jsonl": "one.jsonl",
-    "one.jsonl --output link.jsonl": "link.jsonl",
+    "captions.tsv --output captions.tsv": "captions.tsv:2", "one.jsonl --output one.jsonl": ":1",
+    "captions.tsv --output /dev/full": "/dev/full", "one.jsonl --output link.jsonl": "link.jsonl",
     "rows.jsonl --export-chat rows.jsonl": "rows.jsonl",
     "rows.jsonl --export-chat ./rows.jsonl": "rows.jsonl",
     "rows.jsonl --export-chat /dev/null": "/dev/null",
@@ -270,7 +254,10 @@ def test_what_is_wrong_is_named_before_the_first_call(tmp_path, command):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "link.jsonl").symlink_to("one.jsonl")
-    done = serve(tmp_path, reword, *command.split(), code=2)
+    args = command.split()
+    if not {"--output", "--export-chat"} & set(args):
+        args += ["--output", "new"]
+    done = serve(tmp_path, reword, *args, code=2)
     assert done.error.startswith("generate.py: error: ")
     for word in ERRORS[command].split():
         assert word in done.error
@@ -361,18 +348,16 @@ FAILING = {  # what comes, and what its reason must name; it would come again
 
 def test_what_may_pass_is_tried_again_and_nothing_else(tmp_path):
     """And a step 1 that failed never feeds a step 2; each failure is logged with its reason."""
-    asked = {}
+    asked = Counter()
 
     def answer(request):
-        asked[request.prompt] = asked.get(request.prompt, 0) + 1
-        kind = request.source.lower().strip(".").split()[-1]
-        if kind == "echo":
-            return request.source.upper() + "."
-        if request.step == 2 or kind == "fine":
-            return reword(request)
+        kind = request.source.split()[-1]
+        asked[request.step, kind] += 1
+        if request.step == 2:
+            return request.source.upper() + "." if kind == "echo" else reword(request)
         if kind in FAILING:
             return FAILING[kind][0]
-        return PASSING[kind] if asked[request.prompt] < 3 else reword(request)
+        return PASSING[kind] if kind in PASSING and asked[1, kind] < 3 else reword(request)
 
     kinds = ["fine", "echo", *FAILING, *PASSING]
     text = "".join(f"x/{kind}\tdog of {kind}\n" for kind in kinds)
@@ -381,6 +366,9 @@ def test_what_may_pass_is_tried_again_and_nothing_else(tmp_path):
     done = serve(tmp_path, answer, *args, patch=QUICK, code=1)
     written = {row["caption"] for row in lines(tmp_path / "rows.jsonl")}
     assert written == {f"dog of {kind}" for kind in ("fine", *PASSING)}
+    wanted = {(1, kind): 3 if kind in PASSING else 1 for kind in kinds}
+    wanted.update({(2, kind): 1 for kind in ("fine", "echo", *PASSING)})
+    assert asked == wanted
     failed = lines(tmp_path / "rows.jsonl.failed")
     assert len(failed) == len(FAILING) + 1
     for row in failed:
@@ -388,10 +376,6 @@ def test_what_may_pass_is_tried_again_and_nothing_else(tmp_path):
         assert FAILING.get(kind, (None, "echo"))[1] in row["reason"], row
         assert KEY[:12] not in row["reason"]
         assert set(row) == {"image_id", "caption", "reason"}
-    for prompt, times in asked.items():
-        kind = prompt.partition("dog of ")[2].partition('"')[0]
-        is_passing = kind in PASSING and prompt.startswith("Paraphrase the given caption")
-        assert times == (3 if is_passing else 1), prompt
     assert f"{len(failed)} captions failed" in done.err
     assert "rows.jsonl.failed" in done.err
     assert not re.search(r"[\x1b\x07\x9b]", done.err)
@@ -448,12 +432,12 @@ def test_what_failed_is_asked_for_again(tmp_path):
 def test_fifty_failures_in_a_row_stop_the_job(tmp_path):
     """After good answers too, whatever they are: an outage, a wrong key. None is lost by it."""
     args = write_captions(tmp_path, 300)
+    job = (*args, "--max-retries", 1, "--concurrency", 4)
     for trouble, name in ((error(503, b"boom"), "boom"), (FAILING["401"][0], "OPENAI_API_KEY")):
-        job = (*args, "--max-retries", 1, "--concurrency", 4)
+        answers = 20 * [None] + 200 * [trouble]
         done = serve(
-            tmp_path, lambda r, t=trouble: reword(r) if r.number < 20 else t, *job,
-            code=2, patch=QUICK,
-        )  # fmt: skip
+            tmp_path, lambda r, a=answers: a[r.number] or reword(r), *job, code=2, patch=QUICK
+        )
         assert done.server.count <= 20 + 2 * 54
         flags = ("--model", done.server.url, "--sampling", "--concurrency", "--timeout")
         for word in ("50 captions", name, *flags):
@@ -534,37 +518,26 @@ def test_a_429_for_one_caption_alone_ends(tmp_path):
 def test_nobody_sends_in_a_pause(tmp_path, kind):
     """Retry-After holds back all workers, and the bar says why."""
     paused_at = []
+    replies = {
+        "429": error(429), "503": error(503), "date": error(429), "in a 200": body(error={"code": 429})
+    }  # fmt: skip
 
     def answer(request):
         if request.number != 10:
             return Reply(reword(request).content, delay=0.02)
         paused_at.append(time.monotonic())
-        reply = error(503 if kind == "503" else 429, Retry_After="1.5")
-        if kind == "date":  # in whole seconds: 1 to 2 from now
-            reply.headers = {"Retry-After": email.utils.formatdate(time.time() + 2, usegmt=True)}
-        if kind == "in a 200":
-            reply = body(error={"code": 429})
-            reply.headers = {"Retry-After": "1.5"}
-        return reply
+        date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2
+        replies[kind].headers = {"Retry-After": date if kind == "date" else "1.5"}
+        return replies[kind]
 
     args = (*write_captions(tmp_path, 20), "--concurrency", 8)
     done = serve(tmp_path, answer, *args, patch="generate.BAR_SECONDS = 0.3")  # as in a terminal
-    assert re.search("rows.*trouble=HTTP (429|503): ", done.err)  # the bar says what it waits for
+    assert re.search("rows.*trouble=HTTP (429|503): ", done.err)
     sent = [request.time - paused_at[0] for request in done.server.requests[11:]]
     pause = 1 if kind == "date" else 1.5
     assert not [t for t in sent if 0.3 < t < pause - 0.05]  # 0.3: the 429 is on its way
     assert len(sent) > 15
     assert len(lines(tmp_path / "rows.jsonl")) == 20
-
-
-def test_pace(tmp_path):
-    """--concurrency calls are in flight at once, each worker on a connection that is kept."""
-    args = (*write_captions(tmp_path, 120), "--concurrency", 40)
-    server = serve(tmp_path, slowly(0.2), *args).server
-    times = [request.time for request in server.requests]
-    in_flight = [sum(0 <= t - first < 0.19 for t in times) for first in times]
-    assert max(in_flight) == 40
-    assert server.connections <= 40
 
 
 def test_an_interim_status_gives_no_caption_anothers_answer(tmp_path):
@@ -582,8 +555,8 @@ def test_an_interim_status_gives_no_caption_anothers_answer(tmp_path):
     rows = lines(tmp_path / "rows.jsonl")
     assert len(rows) == 200
     for row in rows:
-        assert row["paraphrase_1"] == f"plainly {row['caption']}"
-        assert row["paraphrase_2"] == f"in other words plainly {row['caption']}"
+        step_1 = f"plainly {row['caption']}"
+        assert [row["paraphrase_1"], row["paraphrase_2"]] == [step_1, f"in other words {step_1}"]
 
 
 def test_the_key_shows_nowhere(tmp_path):
@@ -623,6 +596,7 @@ def test_twenty_kills(tmp_path):
         assert row["image_id"] == f"x/{row['caption'].split()[-1]}"
         assert row["paraphrase_2"] == f"in other words plainly {row['caption']}"
     assert 4000 <= server.count <= 4000 + 20 * 8 * 2
+    assert server.connections <= 21 * 8  # each worker keeps its own
 
 
 def test_ctrl_c(tmp_path):
@@ -677,23 +651,17 @@ def test_two_processes_on_one_output(tmp_path):
     assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3]
 
 
-def test_a_disk_without_locks(tmp_path):
-    """It is no error, and said before the first call."""
-    patch = "exec('def no(*_): raise OSError(37, \"No locks available\")'); fcntl.flock = no"
-    done = serve(tmp_path, reword, *write_captions(tmp_path, 3), patch=patch)
-    assert "rows.jsonl: " in done.err and "lock" in done.err
-    assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3]
-
-
-def test_a_full_disk(tmp_path):
-    """A limit of file sizes stands in for it: whole rows only, and the job goes on later."""
+def test_a_full_disk_and_one_without_locks(tmp_path):
+    """A limit of file sizes stands in for the first: whole rows only, and the job goes on later."""
     args = write_captions(tmp_path, 200)
     for size in (9000, 12000):
         limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
         assert "disk is full" in serve(tmp_path, reword, *args, code=2, preexec_fn=limit).error
         rows = lines(tmp_path / "rows.jsonl")
         assert size / 300 < len(rows) < size / 100
-    serve(tmp_path, reword, *args)
+    patch = "exec('def no(*_): raise OSError(37, \"No locks available\")'); fcntl.flock = no"
+    done = serve(tmp_path, reword, *args, patch=patch)
+    assert "rows.jsonl: is on a disk without locks" in done.err
     assert numbers(tmp_path / "rows.jsonl") == list(range(1, 201))
     assert lines(tmp_path / "rows.jsonl")[: len(rows)] == rows
 
@@ -703,16 +671,17 @@ def test_a_full_disk(tmp_path):
 
 def test_export_chat(tmp_path):
     """Two chats a row, whose answers alone are to be learned; a bad row leaves the old file."""
-    row = dict(zip(ROW_KEYS, ("a/1", "a {red} dog", "a dög", "a 'hound'")))
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    texts = ("a {red} dog", "a dög", "a 'hound'")
+    row = json.dumps(dict(zip(ROW_KEYS, ("a/1", *texts))))
+    (tmp_path / "rows.jsonl").write_text(row)
+    (tmp_path / "bad.jsonl").write_text(row + '\n{"image_id": "1"}\n')
     chats = []
-    for prompt, source, answer in zip(PROMPTS, ("a {red} dog", "a dög"), ("a dög", "a 'hound'")):
+    for prompt, source, answer in zip(PROMPTS, texts, texts[1:]):
         question = {"role": "user", "content": prompt.replace("{}", source)}
         completion = {"role": "assistant", "content": answer}
         chats.append({"prompt": [question], "completion": [completion]})
     run("rows.jsonl", "--export-chat", "chat/train.jsonl", key="", cwd=tmp_path)
     assert lines(tmp_path / "chat/train.jsonl") == chats
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"image_id": "1"}\n')
     done = run("bad.jsonl", "--export-chat", "chat/train.jsonl", key="", code=2, cwd=tmp_path)
     assert "bad.jsonl:2" in done.error
     assert lines(tmp_path / "chat/train.jsonl") == chats
