@@ -29,8 +29,8 @@ PATCHED = "import sys, random, fcntl; sys.path.insert(0, {!r}); import generate;
 
 def start(*args, server=None, patch="pass", key=KEY, **options):
     """generate.py as a process, in the folder `cwd`; `patch` is run before it."""
-    env = {**os.environ, "no_proxy": "*", "OPENAI_API_KEY": key}
-    env["OPENAI_BASE_URL"] = server.url if server else ""
+    url = server.url if server else ""
+    env = {**os.environ, "no_proxy": "*", "OPENAI_API_KEY": key, "OPENAI_BASE_URL": url}
     command = [sys.executable, ROOT / "generate.py"]
     if patch != "pass":
         command = [sys.executable, "-c", PATCHED.format(str(ROOT), patch)]
@@ -83,15 +83,11 @@ def body(**keys):
 
 
 def error(status, text=b"busy", **headers):
-    headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Reply(status=status, body=text, headers=headers)
+    return Reply(status=status, body=text, headers={k.replace("_", "-"): headers[k] for k in headers})
 
 
 def slowly(delay):
     return lambda request: Reply(reword(request).content, delay=delay)
-
-
-# ---------------------------------------------------------------- the method
 
 
 def test_two_steps_with_the_papers_prompts_and_parameters(tmp_path):
@@ -166,8 +162,7 @@ def test_jsonl(tmp_path):
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(rows))
     done = serve(tmp_path, reword, "a.jsonl", "?.jsonl", "--output", "rows.jsonl")
     found = {(row["image_id"], row["caption"], row["n"]) for row in lines(tmp_path / "rows.jsonl")}
-    wanted = {("1", "a red dog"), ("1", "a second caption"), ("5", "two words"), ("6", "no end")}
-    assert found == {(*pair, 7) for pair in wanted}
+    assert found == {(*captions[n], 7) for n in (0, 1, 6, 7)}
     assert done.server.count == 8
     assert "6" in re.search(r"left out by --min-words, --max-words\D*(\d+)", done.out)[1]  # twice 3
 
@@ -376,8 +371,7 @@ def test_what_may_pass_is_tried_again_and_nothing_else(tmp_path):
         assert FAILING.get(kind, (None, "echo"))[1] in row["reason"], row
         assert KEY[:12] not in row["reason"]
         assert set(row) == {"image_id", "caption", "reason"}
-    assert f"{len(failed)} captions failed" in done.err
-    assert "rows.jsonl.failed" in done.err
+    assert re.search(f"{len(failed)} captions failed.*rows.jsonl.failed", done.err)
     assert not re.search(r"[\x1b\x07\x9b]", done.err)
 
 
@@ -395,19 +389,14 @@ def test_odd_answers_that_are_good(tmp_path):
             said = said.replace("in other", "in\ud83d other")
         message = {"content": said, "reasoning_content": "hmm"}
         reply = body(choices=[{"message": message}], usage=usages[number_in(request) - 1])
-        reply.body = b"\xef\xbb\xbf" + reply.body
-        reply.headers = {"Content-Type": "application/json; charset=utf-8"}
-        reply.status = 201
-        return reply
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        return Reply(body=b"\xef\xbb\xbf" + reply.body, headers=headers, status=201)
 
     done = serve(tmp_path, answer, *write_captions(tmp_path, 6))
     assert done.server.count == 12
     assert re.search(r"tokens\D*sent\D*60\D*answered\D*1020\b", done.out)
     for row in lines(tmp_path / "rows.jsonl"):
         assert row["paraphrase_2"] == f"in? other words plainly {row['caption']}"
-
-
-# ---------------------------------------------------------------- what fails
 
 
 def test_what_failed_is_asked_for_again(tmp_path):
@@ -464,20 +453,15 @@ def test_old_failures_do_not_stop_a_job_that_goes_on(tmp_path):
 def test_no_server_and_a_slow_one(tmp_path):
     """Three tries; a time-out names the flags that help, and its default is long."""
     args = (*write_captions(tmp_path, 60), "--concurrency", 32)
-    url = "http://127.0.0.1:9/v1"
-    done = run(*args, "--endpoint", url, cwd=tmp_path, code=2, patch=QUICK)
+    done = run(*args, "--endpoint", "http://127.0.0.1:9/v1", cwd=tmp_path, code=2, patch=QUICK)
     assert "no answer: [Errno 111] Connection refused; are" in done.error
-    assert url in done.error
+    assert "http://127.0.0.1:9/v1" in done.error
     os.remove(tmp_path / "rows.jsonl.failed")
     assert parse_args(["a.tsv", "--output", "o"]).timeout == 300
     args = (*write_captions(tmp_path, 2), "--timeout", 0.3)
     serve(tmp_path, slowly(2), *args, code=1, patch=QUICK)
     for row in lines(tmp_path / "rows.jsonl.failed"):
-        assert "Read timed out" in row["reason"]
-        assert "--concurrency" in row["reason"] and "--timeout" in row["reason"]
-
-
-# ---------------------------------------------------------------- rate limits, and the pace
+        assert re.search("Read timed out.*--concurrency.*--timeout", row["reason"])
 
 
 def test_no_rate_limit_fails_a_caption_while_others_get_answers(tmp_path):
@@ -502,9 +486,8 @@ def test_a_429_for_one_caption_alone_ends(tmp_path):
     """It fails when nobody else has got an answer for so long; till then it slows down nobody."""
 
     def answer(request):
-        if number_in(request) == 30:
-            return error(429, b"not you")
-        return Reply(reword(request).content, delay=0.01)
+        is_limited = number_in(request) == 30
+        return error(429) if is_limited else Reply(reword(request).content, delay=0.01)
 
     args = (*write_captions(tmp_path, 300), "--concurrency", 8, "--max-retries", 3)
     done = serve(tmp_path, answer, *args, code=1, patch=f"{QUICK}; generate.LONGEST_LIMIT = 0.5")
@@ -524,20 +507,20 @@ def test_nobody_sends_in_a_pause(tmp_path, kind):
 
     def answer(request):
         if request.number != 10:
-            return Reply(reword(request).content, delay=0.02)
+            return Reply(reword(request).content, delay=0.05)
         paused_at.append(time.monotonic())
         date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2
         replies[kind].headers = {"Retry-After": date if kind == "date" else "1.5"}
         return replies[kind]
 
-    args = (*write_captions(tmp_path, 20), "--concurrency", 8)
+    args = (*write_captions(tmp_path, 60), "--concurrency", 8)  # 0.75 s without a pause
     done = serve(tmp_path, answer, *args, patch="generate.BAR_SECONDS = 0.3")  # as in a terminal
     assert re.search("rows.*trouble=HTTP (429|503): ", done.err)
     sent = [request.time - paused_at[0] for request in done.server.requests[11:]]
     pause = 1 if kind == "date" else 1.5
     assert not [t for t in sent if 0.3 < t < pause - 0.05]  # 0.3: the 429 is on its way
-    assert len(sent) > 15
-    assert len(lines(tmp_path / "rows.jsonl")) == 20
+    assert len(sent) > 90
+    assert len(lines(tmp_path / "rows.jsonl")) == 60
 
 
 def test_an_interim_status_gives_no_caption_anothers_answer(tmp_path):
@@ -646,8 +629,7 @@ def test_two_processes_on_one_output(tmp_path):
         second = run(*args, server=server, cwd=tmp_path, code=2)
         out, err = first.communicate(timeout=30)
     assert first.returncode == 0, out + err
-    assert "rows.jsonl: another" in second.error
-    assert server.count == 6
+    assert "rows.jsonl: another" in second.error and server.count == 6
     assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3]
 
 
@@ -666,15 +648,12 @@ def test_a_full_disk_and_one_without_locks(tmp_path):
     assert lines(tmp_path / "rows.jsonl")[: len(rows)] == rows
 
 
-# ---------------------------------------------------------------- after the job
-
-
 def test_export_chat(tmp_path):
     """Two chats a row, whose answers alone are to be learned; a bad row leaves the old file."""
     texts = ("a {red} dog", "a dög", "a 'hound'")
     row = json.dumps(dict(zip(ROW_KEYS, ("a/1", *texts))))
     (tmp_path / "rows.jsonl").write_text(row)
-    (tmp_path / "bad.jsonl").write_text(row + '\n{"image_id": "1"}\n')
+    (tmp_path / "bad.jsonl").write_text(row + "\n" + row + '\n{"image_id": "1"}\n')
     chats = []
     for prompt, source, answer in zip(PROMPTS, texts, texts[1:]):
         question = {"role": "user", "content": prompt.replace("{}", source)}
@@ -683,7 +662,7 @@ def test_export_chat(tmp_path):
     run("rows.jsonl", "--export-chat", "chat/train.jsonl", key="", cwd=tmp_path)
     assert lines(tmp_path / "chat/train.jsonl") == chats
     done = run("bad.jsonl", "--export-chat", "chat/train.jsonl", key="", code=2, cwd=tmp_path)
-    assert "bad.jsonl:2" in done.error
+    assert "bad.jsonl:3" in done.error
     assert lines(tmp_path / "chat/train.jsonl") == chats
 
 
