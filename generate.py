@@ -58,10 +58,10 @@ QUOTED = re.compile(r"""["“«‘']((?:\w['’]\w|[^"“”«»‘’'])*)["”
 # The finish reasons of a whole answer; "none" where the server gives none.
 NATURAL_ENDS = ("none", "", "stop", "stop_sequence", "eos", "eos_token", "end_turn", "complete")
 EMPTY = "an empty answer"
-# What a paraphrase has only if its source has it: markup, labels and remarks, control characters,
-# the beginning of a list, and words about the task or about who does it.
+# What a paraphrase has only if its source has it: markup, labels and remarks, the ends of lines and
+# other control characters, the beginning of a list, words about the task or about who does it.
 MARKS = re.compile(
-    r"[<>\[\]{}()|\\*_`:;/•\ufffd\x00-\x1f\x7f-\x9f]|^(?:\d+\.|[-–—+#]+)(?= )"
+    r"[<>\[\]{}()|\\*_`:;/•\ufffd\x00-\x1f\x7f-\x9f\u2028\u2029]|^(?:\d+\.|[-–—+#]+)(?= )"
     r"|\bi\b(?!-)|\b(?:paraphras|rephras|reword|rewrit|sorry|apolog|caption|context)"
 )
 
@@ -85,8 +85,6 @@ def problem_with(answer, source, finish_reason, may_echo):
         return f"finish_reason {finish_reason}"
     if not words:
         return EMPTY
-    if len(answer.splitlines()) > 1:
-        return "more than one line"
     if marks:
         return f"{min(marks)!r}, which its source lacks"
     if len(words) > 3 * len(source_words) + 12:
@@ -114,7 +112,7 @@ OPENAI = "https://api.openai.com/v1"
 # The statuses of a request that may get an answer later; 0: no answer, 2xx: no chat completion.
 TRY_AGAIN = {0, *range(200, 300), 408, 409, 424, 425, 429, 498, 499, *range(500, 600)}
 RETRIES_TO_REACH = 2  # as long as no server has ever answered
-LONGEST_LIMIT = 60  # seconds in which a rate limit may let nobody through
+LONGEST_LIMIT = 120  # seconds in which a rate limit may let nobody through
 
 
 class InputError(Exception):
@@ -131,8 +129,7 @@ class Endpoint:
     def __init__(self, flags):
         self.flags = flags
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
-        base = flags.endpoint.rstrip("/").removesuffix("/chat/completions")
-        self.url = base + "/chat/completions"
+        self.url = flags.endpoint.rstrip("/") + "/chat/completions"
         if not re.match("https?://[^@]+$", self.url):
             raise InputError("--endpoint: must be like http://localhost:8000/v1, without a user")
         if flags.endpoint == OPENAI and not self.key:
@@ -147,6 +144,7 @@ class Endpoint:
             self.url, proxies={}, stream=True, verify=None, cert=None
         )
         self.session.trust_env = False
+        self.options.update(timeout=(30, flags.timeout), allow_redirects=False)
         self.reached = False  # has a server ever answered?
         self.answered_at = 0  # time.monotonic() of the last answer to anybody
         self.opens_at = 0  # time.monotonic(); until then all workers wait
@@ -157,24 +155,22 @@ class Endpoint:
     def ask(self, prompt, source, may_echo=True):
         """A good answer to `prompt` about `source`. Raises CaptionFailed."""
         failures = 0
-        last_try = time.monotonic()
         for tries in itertools.count(1):
             status, text, retry_after = self.post(prompt.format(source))
             if 200 <= status < 300:
                 answer = self.read(text, source, may_echo)
                 if answer:
                     return answer
-            self.trouble = one_line(f"HTTP {status}: {text}" if status else text)
-            if not is_transient(status, text, retry_after):
-                raise CaptionFailed(self.trouble)
+            reason = one_line(f"HTTP {status}: {text}" if status else text)
+            self.trouble = reason
 
             # No caption is to blame for a rate limit (429) that lets others through.
             now = time.monotonic()
-            if status != 429 or self.answered_at < min(last_try, now - LONGEST_LIMIT):
+            if status != 429 or now > self.answered_at + LONGEST_LIMIT:
                 failures += 1
-            if failures > (self.flags.max_retries if self.reached else RETRIES_TO_REACH):
-                raise CaptionFailed(self.trouble)
-            last_try = now
+            allowed = self.flags.max_retries if self.reached else RETRIES_TO_REACH
+            if failures > allowed or not is_transient(status, text, retry_after):
+                raise CaptionFailed(reason)
             if retry_after > 0:  # all workers wait
                 self.opens_at = max(self.opens_at, now + retry_after)
             else:  # only this caption waits, for a time that is drawn: "full jitter"
@@ -189,9 +185,8 @@ class Endpoint:
             time.sleep(pause)
         messages = [{"role": "user", "content": prompt}]
         body = {**self.flags.sampling, "model": self.flags.model, "messages": messages}
-        options = {**self.options, "timeout": (30, self.flags.timeout), "allow_redirects": False}
         try:
-            with self.session.post(self.url, json=body, **options) as reply:
+            with self.session.post(self.url, json=body, **self.options) as reply:
                 status = reply.status_code
                 if status < 200:
                     # http.client takes an interim status (103) for the answer. The true one is
@@ -249,9 +244,8 @@ def is_transient(status, text, retry_after):
     """May the same request get an answer later? Not where the server blames the request itself."""
     if "insufficient_quota" in text:  # a 429 that no waiting ends
         return False
-    if status == 403 and not text:  # a gateway's
-        return True
-    return status in TRY_AGAIN or retry_after > 0
+    # A 403 without a text is a gateway's.
+    return status in TRY_AGAIN or retry_after > 0 or (status == 403 and not text)
 
 
 def seconds_of(retry_after):
@@ -279,29 +273,17 @@ def generate(flags):
     endpoint = Endpoint(flags)
     file, written = open_output(flags.output)
 
-    # The captions are read twice: to count them before the first call is paid, and to ask.
-    count = Counter()
-    for _ in tqdm(captions_to_ask(flags, written, count), "captions", leave=False, disable=None):
-        pass
-    print(f"captions: {dict(count)}", flush=True)
-    # What earlier runs have passed by comes last, since most of it failed: fifty old failures in
-    # a row would stop this run before it came to a new caption.
-    passed_by = count["passed by before"]
-    old = itertools.islice(captions_to_ask(flags, written, Counter()), passed_by)
-    new = itertools.islice(captions_to_ask(flags, written, Counter()), passed_by, None)
-    captions = itertools.chain(new, old)
-
-    todo, ended = start_workers(endpoint, flags.concurrency)
-    busy = 0
+    todo = captions_to_ask(flags, written)
+    waiting, ended = start_workers(endpoint, flags.concurrency)
+    handed_out = 0
     failed = 0
     failed_in_a_row = 0
-    with tqdm(total=count["to do"], unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
-        while True:
-            for row in itertools.islice(captions, flags.concurrency - busy):
-                todo.put(row)
-                busy += 1
-            if not busy:
-                break
+    with tqdm(total=len(todo), unit=" rows", mininterval=BAR_SECONDS, miniters=0) as bar:
+        while bar.n < len(todo):
+            # No more than the workers can take: what they have in hand is what a kill loses.
+            for line in todo[handed_out : bar.n + flags.concurrency]:
+                waiting.put(line)
+                handed_out += 1
             bar.set_postfix(endpoint.tokens, failed=failed, trouble=endpoint.trouble, refresh=False)
             bar.update(0)
             try:
@@ -309,7 +291,6 @@ def generate(flags):
             except queue.Empty:
                 continue
             bar.update()
-            busy -= 1
             if reason is None:
                 append(file, row)
                 failed_in_a_row = 0
@@ -323,24 +304,25 @@ def generate(flags):
                 raise InputError(f"{failed_in_a_row} captions failed one after another, the last: "
                                  f"{reason}; are --model, --endpoint {endpoint.url} and --sampling "
                                  "right, and --concurrency and --timeout, if the server is slow?")
-    print(f"{flags.output}: {count['to do'] - failed} rows more; tokens: {dict(endpoint.tokens)}")
+    print(f"{flags.output}: {len(todo) - failed} rows more; tokens: {dict(endpoint.tokens)}")
     if failed:
         print(f"{failed} captions failed, the last: {last_reason}; {flags.output}.failed has all "
               "reasons. The same command asks for them again", file=sys.stderr)
-    return 1 if failed else 0
+        return 1
+    return 0
 
 
 def start_workers(endpoint, count):
-    """Start threads that run two_step on rows. Returns the queues of rows and of results.
+    """Start threads that run two_step. Returns the queues of lines to work on, and of results.
 
     A result is a row, with its paraphrases or not, and why it has failed, or None.
     """
-    todo = queue.SimpleQueue()
+    waiting = queue.SimpleQueue()
     ended = queue.SimpleQueue()
 
     def work():
         while True:
-            row = todo.get()
+            row = json.loads(waiting.get())
             reason = None
             try:
                 row["paraphrase_1"], row["paraphrase_2"] = two_step(row["caption"], endpoint.ask)
@@ -350,15 +332,20 @@ def start_workers(endpoint, count):
 
     for _ in range(count):
         threading.Thread(target=work, daemon=True).start()  # a daemon does not delay Ctrl-C
-    return todo, ended
+    return waiting, ended
 
 
-def captions_to_ask(flags, written, count):
-    """Yield the captions without a row, as rows to be. `count` tells what became of all of them.
+def captions_to_ask(flags, written):
+    """The captions without a row, as lines of JSON: five million of them fit into memory.
 
-    written: the keys of the rows that this job has found.
+    written: the keys of the rows that this job has found. What earlier runs have passed by comes
+    last, since most of it failed: fifty old failures in a row would stop this run before it came
+    to a new caption.
     """
+    count = Counter()
     seen = set()
+    todo = []
+    passed_by = 0
     for row in read_captions(flags.captions, count):
         key = key_of(row)
         if not flags.min_words <= len(row["caption"].split()) <= flags.max_words:
@@ -366,15 +353,15 @@ def captions_to_ask(flags, written, count):
         elif key not in seen:  # exact doubles count once
             seen.add(key)
             if key in written:
-                count["with a row"] += 1
-                count["passed by before"] = count["to do"]
+                passed_by = len(todo)
             else:
-                count["to do"] += 1
-                yield row
+                todo.append(line_of(row))
             if len(seen) == flags.limit:
-                return
+                break
     if not seen:
         raise InputError(f"{flags.captions}: no captions; {dict(count)}")
+    print(f"captions: {len(todo)} of {len(seen)} to do; {dict(count)}", flush=True)
+    return todo[passed_by:] + todo[:passed_by]
 
 
 def key_of(row):
@@ -391,10 +378,9 @@ ROW_START = b'{"image_id": '
 def open_output(path):
     """Open a file to append rows to, locked. Returns it, and the keys of the rows in it.
 
-    The start of a row at its end, torn by a kill, is cut off. A file that holds anything else is
-    an InputError, and is not changed.
+    What follows its last row, such as the start of one that a kill has torn, is cut off. A file
+    that holds anything else is an InputError, and is not changed.
     """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     file = open(path, "ab+", buffering=0)  # noqa: SIM115 - for as long as we run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -404,20 +390,20 @@ def open_output(path):
         print(f"{path}: is on a disk without locks; start no second job on it", file=sys.stderr)
     written = set()
     end = 0
-    for row, end in tqdm(read_rows(path), "rows", leave=False, disable=None):
+    for row, end in read_rows(path):
         written.add(key_of(row))
     file.truncate(end)
-    if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
-        file.write(b"\n")  # which an editor has taken away
+    if written:
+        file.write(b"\n")  # the last row's, which an editor may have taken away
     return file, written
 
 
 def append(file, row):
     """Write a row as one line, whole or not at all. Not buffered: kill -9 loses nothing."""
     line = line_of({"image_id": row["image_id"], **row})  # begins with ROW_START
-    end = file.seek(0, os.SEEK_END)
-    if file.write(line) < len(line):
-        file.truncate(end)
+    size = file.write(line)
+    if size < len(line):
+        file.truncate(file.tell() - size)
         raise InputError(f"{file.name}: the disk is full; make room, and run the same command")
 
 
@@ -453,16 +439,22 @@ def expand(patterns):
     return paths
 
 
+def reading(items, path):
+    """The items of a file, with a bar in a terminal."""
+    return tqdm(items, path, leave=False, disable=None)
+
+
 def read_rows(path, needed=ROW_KEYS):
-    """Yield (row, the byte after it) of each line of a .jsonl, or of a .tsv with a header.
+    """Yield (row, where it ends in the file) of each line of a .jsonl, or of a .tsv with a header.
 
     The start of a row that a kill has torn, at the end of the file, is passed over.
     """
-    end = 0
+    start = 0
     header = None
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            end += len(line)
+        for number, line in enumerate(reading(lines, path), 1):
+            end = start + len(line.rstrip())
+            start += len(line)
             if line.isspace():
                 continue
             try:
@@ -479,23 +471,18 @@ def read_rows(path, needed=ROW_KEYS):
                 torn = ROW_START.startswith(line[: len(ROW_START)]) and not line.endswith(b"\n")
                 if torn and isinstance(error, ValueError):
                     return
-                raise InputError(f"{path}:{number}: needs {' and '.join(needed)} (in a .tsv: "
-                                 f"filepath and title), but {error!r}") from None
+                raise InputError(f"{path}:{number}: {error!r}; needs image_id and caption (a .tsv: "
+                                 "filepath and title), an output's row its paraphrases") from None
             yield row, end
 
 
 def cells_of(line):
     """The cells of a .tsv's line. A cell wholly in csv's quotes loses them; any other is text."""
-    cells = text_of(line).split("\t")
+    cells = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
     for i, cell in enumerate(cells):
         if re.fullmatch(r'"([^"]|"")*"', cell):
             cells[i] = cell[1:-1].replace('""', '"')
     return cells
-
-
-def text_of(line):
-    """The text in a line of bytes, without its end."""
-    return line.decode().strip("\ufeff\r\n")
 
 
 def check_row(row, needed):
@@ -515,10 +502,10 @@ def read_tar(path, count):
     captions = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
+            for member in reading(tar, path):
                 key, ending = os.path.splitext(member.name.removeprefix("./"))
                 if ending == ".txt":
-                    captions[key] = text_of(tar.extractfile(member).read())
+                    captions[key] = tar.extractfile(member).read().decode("utf-8-sig").strip()
                 elif ending.lower() in IMAGE_ENDINGS:
                     images.add(key)
             tar.fileobj.seek(tar.offset)
@@ -541,19 +528,17 @@ def export_chat(flags):
 
     As "prompt" and "completion", so that trl's loss is of the answer alone.
     """
-    target = os.path.realpath(flags.export_chat)
     paths = expand(flags.captions)
-    if target in map(os.path.realpath, paths):
+    if os.path.realpath(flags.export_chat) in map(os.path.realpath, paths):
         raise InputError(f"{flags.export_chat}: is an input; name another file to write to")
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    with open(f"{target}.part", "wb") as file:
+    with open(f"{flags.export_chat}.part", "wb") as file:
         for path in paths:
-            for row, _ in tqdm(read_rows(path), path, unit=" rows", mininterval=BAR_SECONDS):
+            for row, _ in read_rows(path):
                 for prompt, source, answer in zip(PROMPTS, ROW_KEYS[1:], ROW_KEYS[2:]):
                     question = {"role": "user", "content": prompt.format(row[source])}
                     reply = {"role": "assistant", "content": row[answer]}
                     file.write(line_of({"prompt": [question], "completion": [reply]}))
-    os.replace(file.name, target)
+    os.replace(file.name, flags.export_chat)
 
 
 # ---------------------------------------------------------------- flags, and main
@@ -572,7 +557,6 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("captions", nargs="+",
@@ -615,6 +599,7 @@ def main():
     try:
         if os.path.exists(target) and not os.path.isfile(target):
             raise InputError(f"{target}: is no file that can be written to")
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         sys.exit(export_chat(flags) if flags.export_chat else generate(flags))
     except (InputError, OSError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -28,12 +29,8 @@ PATCHED = "import sys, random, fcntl; sys.path.insert(0, {!r}); import generate;
 
 def start(*args, server=None, patch="pass", key=KEY, **options):
     """generate.py as a process, in the folder `cwd`; `patch` is run before it."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    env["no_proxy"] = "*"
-    if key:
-        env["OPENAI_API_KEY"] = key
-    if server:
-        env["OPENAI_BASE_URL"] = server.url
+    url = server.url if server else ""
+    env = {**os.environ, "no_proxy": "*", "OPENAI_API_KEY": key, "OPENAI_BASE_URL": url}
     command = [sys.executable, ROOT / "generate.py"]
     if patch != "pass":
         command = [sys.executable, "-c", PATCHED.format(str(ROOT), patch)]
@@ -61,9 +58,8 @@ def serve(folder, answer, *args, **options):
 
 
 def lines(path):
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def numbers(path):
@@ -73,10 +69,8 @@ def numbers(path):
 
 def write_captions(folder, count, words="a small dog number {}"):
     """Write captions.tsv. Returns the arguments of its job."""
-    text = "filepath\ttitle\n"
-    for number in range(1, count + 1):
-        text += f"x/{number}\t{words.format(number)}\n"
-    (folder / "captions.tsv").write_text(text)
+    rows = [f"x/{number}\t{words.format(number)}\n" for number in range(1, count + 1)]
+    (folder / "captions.tsv").write_text("filepath\ttitle\n" + "".join(rows))
     return "captions.tsv", "--output", "rows.jsonl"
 
 
@@ -89,51 +83,39 @@ def body(**keys):
 
 
 def error(status, text=b"busy", **headers):
-    headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Reply(status=status, body=text, headers=headers)
+    return Reply(status=status, body=text, headers={k.replace("_", "-"): headers[k] for k in headers})
 
 
 def slowly(delay):
     return lambda request: Reply(reword(request).content, delay=delay)
 
 
-# ---------------------------------------------------------------- the method
-
-
 def test_two_steps_with_the_papers_prompts_and_parameters(tmp_path):
-    """Section 2.1 and Appendix A, as they go over the wire; the output's folder is made."""
+    """Section 2.1 and Appendix A, as they go over the wire; flags change them."""
     assert PROMPTS == (
         'Paraphrase the given caption "{}" concisely while preserving the meaning.',
         'Paraphrase the given text "{}" concisely while preserving the meaning'
         + " and avoiding use of existing words.",
     )
-    caption = "Boys REVERSIBLE jacket, SKU#1234.jpg"
-    answers = ("Reversible jacket for boys", "Boys' coat that can be flipped")
-    write_captions(tmp_path, 1, caption)
+    texts = ("Boys REVERSIBLE jacket, #1234.jpg", "A two-sided jacket", "Boys' coat to turn around")
+    write_captions(tmp_path, 1, texts[0])
     args = ("captions.tsv", "--output", "new/rows.jsonl")
-    done = serve(tmp_path, lambda request: answers[request.number], *args)
-    for request, prompt, source in zip(done.server.requests, PROMPTS, (caption, answers[0])):
-        message = {"role": "user", "content": prompt.replace("{}", source)}
-        sampling = {"temperature": 1.0, "top_p": 0.1, "max_tokens": 512}
-        assert request.body == {"model": "gpt-4o-mini", **sampling, "messages": [message]}
-        assert request.key == KEY
-    assert done.server.count == 2
-    row = dict(zip(ROW_KEYS, ("x/1", caption, *answers)))
-    assert lines(tmp_path / "new/rows.jsonl") == [row]
-    assert os.listdir(tmp_path / "new") == ["rows.jsonl"]
-    assert "1 rows more" in done.out
-
-
-def test_flags_reach_the_request(tmp_path):
-    sampling = ["max_completion_tokens=2048", "reasoning_effort=minimal", 'stop=["\\n"]', "seed=7"]
-    with Server() as server:
-        args = (*write_captions(tmp_path, 1), "--endpoint", server.url + "/", "--model", "llama")
-        run(*args, "--sampling", *sampling, key=None, cwd=tmp_path)
-    request = server.requests[0]
-    assert request.key == ""
-    del request.body["messages"]
-    sampling = {"max_completion_tokens": 2048, "reasoning_effort": "minimal", "seed": 7}
-    assert request.body == {"model": "llama", **sampling, "stop": ["\n"]}
+    with Server(lambda request: texts[1 + request.number % 2]) as server:
+        done = run(*args, server=server, cwd=tmp_path)
+        assert os.listdir(tmp_path / "new") == ["rows.jsonl"]
+        assert lines(tmp_path / "new/rows.jsonl") == [dict(zip(ROW_KEYS, ("x/1", *texts)))]
+        assert "1 rows more" in done.out
+        words = ("max_completion_tokens=2048", "effort=minimal", 'stop=["\\n"]', "seed=7")
+        args = ("captions.tsv", "--output", "b.jsonl", "--endpoint", server.url + "/", "--model", "m")
+        run(*args, "--sampling", *words, key="", cwd=tmp_path)
+    default = {"model": "gpt-4o-mini", "temperature": 1.0, "top_p": 0.1, "max_tokens": 512}
+    sampling = {"max_completion_tokens": 2048, "effort": "minimal", "stop": ["\n"], "seed": 7}
+    assert server.count == 4
+    for request in server.requests:
+        content = PROMPTS[request.step - 1].replace("{}", texts[request.step - 1])
+        assert request.body.pop("messages") == [{"role": "user", "content": content}]
+        assert request.body == (default if request.number < 2 else {"model": "m", **sampling})
+        assert request.key == (KEY if request.number < 2 else "")
 
 
 CAPTIONS = [
@@ -148,24 +130,22 @@ CAPTIONS = [
 
 def test_captions_of_every_kind_come_through_whole(tmp_path):
     """An answer that keeps its source's own words and signs is good, whatever they are."""
+
     def answer(request):
         words = request.source.split()
         return " ".join([*words, words[0]])
 
+    rows = [{"n": n, "image_id": f"a/{n}", "caption": text} for n, text in enumerate(CAPTIONS)]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with Server(answer) as server:
-        with open(tmp_path / "captions.jsonl", "w") as file:
-            for n, caption in enumerate(CAPTIONS):
-                row = {"index": n, "image_id": f"a/{n}", "caption": caption}
-                file.write(json.dumps(row) + "\n")
         for _ in range(2):  # the second time they are all there, half an emoji or not
             run("captions.jsonl", "--output", "rows.jsonl", server=server, cwd=tmp_path)
     assert server.count == 2 * len(CAPTIONS)
     prompts = {request.prompt for request in server.requests}
     for line in (tmp_path / "rows.jsonl").read_text().split("\n")[:-1]:
         row = json.loads(line)
-        caption = CAPTIONS[row["index"]].replace("\ud83d", "?")
-        assert row["image_id"] == f"a/{row['index']}"
-        assert row["caption"] == caption
+        caption = CAPTIONS[row["n"]].replace("\ud83d", "?")
+        assert (row["image_id"], row["caption"]) == (f"a/{row['n']}", caption)
         assert PROMPTS[0].replace("{}", caption, 1) in prompts
 
 
@@ -182,24 +162,16 @@ def test_jsonl(tmp_path):
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(rows))
     done = serve(tmp_path, reword, "a.jsonl", "?.jsonl", "--output", "rows.jsonl")
     found = {(row["image_id"], row["caption"], row["n"]) for row in lines(tmp_path / "rows.jsonl")}
-    wanted = {("1", "a red dog"), ("1", "a second caption"), ("5", "two words"), ("6", "no end")}
-    assert found == {(*pair, 7) for pair in wanted}
+    assert found == {(*captions[n], 7) for n in (0, 1, 6, 7)}
     assert done.server.count == 8
     assert "6" in re.search(r"left out by --min-words, --max-words\D*(\d+)", done.out)[1]  # twice 3
 
 
 def test_tsv(tmp_path):
     """A cell that is wholly in csv's quotes loses them; any other quote is text."""
-    titles = {
-        '"5"" lamp"': '5" lamp',
-        '"a ""big"" dog"': 'a "big" dog',
-        '"Big" dog': '"Big" dog',
-        '"Big" and "Rex"': '"Big" and "Rex"',
-        '5" lamp': '5" lamp',
-        '"never closed': '"never closed',
-        'closed here"': 'closed here"',
-        "a\\tb c": "a\\tb c",
-    }
+    titles = {'"5"" lamp"': '5" lamp', '"a ""big"" dog"': 'a "big" dog'}
+    others = ['"Big" dog', '"Big" and "Rex"', '5" lamp', '"never closed', 'closed "', "a\\tb c"]
+    titles.update(zip(others, others))
     text = '\ufeffurl\tfilepath\t"title"\r\n'
     for n, title in enumerate(titles):
         text += f"u\tt/{n}\t{title}\r\n\n"
@@ -211,71 +183,84 @@ def test_tsv(tmp_path):
 
 def test_tar(tmp_path):
     """The caption of KEY.jpg is KEY.txt, dots and all; what lacks its partner is counted."""
-    members = {
-        "./0000.jpg": "x" * 9000, "./0000.json": "{}", "./0000.txt": "a first caption\n",
-        "22.05.jpg": "x", "22.05.txt": "a dog in may",
-        "22.06.jpg": "x", "22.06.txt": "a dog in june",
-        "b/c/7.WEBP": "x", "b/c/7.txt": "a dog in folders",
-        "8.jpg": "its caption is in the .json", "8.json": "{}",
-        "9.gif": "x", "9.txt": "an image of another kind",
-        "10.tiff": "x", "10.txt": "and one more",
-    }  # fmt: skip
-    members = {name: text.encode() for name, text in members.items()}
-    for shard in ("00000", "00001"):
-        (tmp_path / f"{shard}.tar").write_bytes(tar(members))
-    done = serve(tmp_path, reword, "*.tar", "--output", "rows.jsonl")
-    expected = {}
-    for shard in ("00000", "00001"):
-        for key in ("0000", "22.05", "22.06", "b/c/7"):
-            text = members.get(f"{key}.txt") or members[f"./{key}.txt"]
-            expected[f"{shard}/{key}"] = text.decode().strip()
-    found = {row["image_id"]: row["caption"] for row in lines(tmp_path / "rows.jsonl")}
-    assert found == expected
-    assert re.search(r"partner\D*6\b", done.out)
+    captions = {"22.05": "a dog in may", "22.06": "a dog in june", "b/c/7": "a dog in folders"}
+    members = {"./0000.jpg": "x" * 9000, "./0000.json": "{}", "./0000.txt": "a first caption\n"}
+    members |= {"8.jpg": "its caption is in the .json", "8.json": "{}", "9.gif": "", "10.tiff": ""}
+    members |= {"9.txt": "an image of another kind", "10.txt": "and one more"}
+    for key, caption in captions.items():
+        members |= {f"{key}.WEBP": "x", f"{key}.txt": caption}
+    shard = tar({name: text.encode() for name, text in members.items()})
     (tmp_path / "part2").mkdir()
-    (tmp_path / "part2" / "00001.tar").write_bytes(tar(members))
-    done = serve(tmp_path, reword, "*.tar", "part2/*.tar", "--output", "b.jsonl", code=2)
+    for path in ("00000.tar", "00001.tar", "part2/00001.tar"):
+        (tmp_path / path).write_bytes(shard)
+    done = serve(tmp_path, reword, "*.tar", "--output", "rows.jsonl")
+    captions["0000"] = "a first caption"
+    wanted = {f"{n}/{key}": captions[key] for n in ("00000", "00001") for key in captions}
+    assert {row["image_id"]: row["caption"] for row in lines(tmp_path / "rows.jsonl")} == wanted
+    assert re.search(r"partner\D*6\b", done.out)
+    done = serve(tmp_path, reword, "**/*.tar", "--output", "b.jsonl", code=2)
     assert "00001.tar: their images would have the same ids" in done.err
 
 
 SHARD = tar({f"{n}.{kind}": b"a dog no. %d" % n for n in range(50) for kind in ("jpg", "txt")})
-DAMAGED = SHARD[: 21 * 1024] + b"\xff" * 512 + SHARD[21 * 1024 + 512 :]
-A_DOG = '{"image_id": "1", "caption": "a dog"}\n'
-BAD_INPUTS = [  # a file, what is in it, the arguments beside --output, what the error must name
-    ("none.tsv", None, "", "none.tsv"),
-    ("a.txt", "a dog\n", "", "a.txt .tsv"),
-    ("a.tsv", b"filepath\ttitle\n1\t\xff\xfe\n", "", "a.tsv:2 utf-8"),
-    ("a.tsv", "x\ty\n1\t2\n", "", "a.tsv:2 filepath title"),
-    ("a.tsv", "filepath\ttitle\n1\ta dog\n2\n", "", "a.tsv:3 shorter"),
-    ("a.tsv", "filepath\ttitle\n/etc/1\ta dog\n", "", "a.tsv:2 image_id"),
-    ("a.tsv", "filepath\ttitle\n1\tdog\n", "", "a.tsv no captions"),
-    ("a.jsonl", A_DOG + "{\n", "", "a.jsonl:2"),
-    ("a.jsonl", "[1, 2]\n", "", "a.jsonl:1"),
-    ("a.jsonl", '{"image_id": ' + "[" * 100_000 + "\n", "", "a.jsonl:1"),
-    ("a.jsonl", '{"image_id": "1"}\n', "", "a.jsonl:1 caption"),
-    ("a.jsonl", '{"image_id": "b/../../1", "caption": "a dog"}\n', "", "a.jsonl:1 image_id"),
-    ("a.tar", SHARD[: 21 * 1024 + 515], "", "a.tar"),
-    ("a.tar", SHARD[: 21 * 1024], "", "a.tar cut off"),
-    ("a.tar", DAMAGED, "", "a.tar damaged"),
-    ("a.tar", tar({"1.gif": b"x", "1.txt": b"a dog"}), "", "a.tar no captions partner"),
-    ("a.jsonl", A_DOG, "--sampling seed", "--sampling"),
-    ("a.jsonl", A_DOG, "--sampling seed=1 b.jsonl", "--sampling b.jsonl"),
-    ("a.jsonl", A_DOG, "--retries 1", "--retries"),
-    ("a.jsonl", A_DOG, "--endpoint localhost:8000", "--endpoint http://"),
-    ("a.jsonl", A_DOG, f"--endpoint http://u:{KEY}@localhost/v1", "--endpoint"),
-]
+FILES = {
+    "captions.tsv": "filepath\ttitle\n1\ta red dog\n", "a.txt": "a dog\n",
+    "bytes.tsv": b"filepath\ttitle\n1\t\xff\xfe\n", "columns.tsv": "x\ty\n1\t2\n",
+    "cells.tsv": "filepath\ttitle\n1\ta dog\n2\n", "root.tsv": "filepath\ttitle\n/etc/1\ta dog\n",
+    "short.tsv": "filepath\ttitle\n1\tdog\n", "broken.jsonl": '{"image_id": "1", "caption": "x"}\n{\n',
+    "list.jsonl": "[1, 2]\n", "deep.jsonl": '{"image_id": ' + "[" * 100_000 + "\n",
+    "id.jsonl": '{"image_id": "1"}\n{"image_id": "2',
+    "up.jsonl": '{"image_id": "b/../../1", "caption": "a dog"}\n',
+    "header.tar": SHARD[: 21 * 1024 + 515], "cut.tar": SHARD[: 21 * 1024],
+    "bad.tar": SHARD[: 21 * 1024] + b"\xff" * 512 + SHARD[21 * 1024 + 512 :],
+    "gif.tar": tar({"1.gif": b"x", "1.txt": b"a dog"}),
+    "package.json": '{"name": "my-package"}', "prose.txt": "Dear all,\nkeep this",
+    "torn.jsonl": '{"name": "my', "rows.jsonl": json.dumps(dict.fromkeys(ROW_KEYS, "a dog")),
+    "one.jsonl": '{"image_id": "1", "caption": "a dog", "n": 5}',
+}  # fmt: skip
+ERRORS = {  # by the arguments: what the error must name
+    "none.tsv": "none.tsv", "a.txt": "a.txt .tsv", "bytes.tsv": "bytes.tsv:2 utf-8",
+    "columns.tsv": "columns.tsv:2 filepath title", "cells.tsv": "cells.tsv:3 shorter",
+    "root.tsv": "root.tsv:2 image_id", "short.tsv": "short.tsv no captions",
+    "broken.jsonl": "broken.jsonl:2", "list.jsonl": "list.jsonl:1", "deep.jsonl": "deep.jsonl:1",
+    "id.jsonl": "id.jsonl:1 caption", "up.jsonl": "up.jsonl:1 image_id", "header.tar": "header.tar",
+    "cut.tar": "cut.tar cut off", "bad.tar": "bad.tar damaged", "gif.tar": "no captions partner",
+    "captions.tsv --sampling seed": "--sampling",
+    "captions.tsv --sampling seed=1 b.jsonl": "--sampling b.jsonl",
+    "captions.tsv --retries 1": "--retries",
+    "captions.tsv --endpoint localhost:8000": "--endpoint http://",
+    f"captions.tsv --endpoint http://u:{KEY}@localhost/v1": "--endpoint",
+    # what is no output is left alone
+    "captions.tsv --output package.json": "package.json", "captions.tsv --output .": ".: file",
+    "captions.tsv --output prose.txt": "prose.txt", "captions.tsv --output torn.jsonl": "torn.jsonl",
+    "captions.tsv --output one.jsonl": "one.jsonl", "captions.tsv --output id.jsonl": "id.jsonl",
+    "captions.tsv --output captions.tsv": "captions.tsv:2", "one.jsonl --output one.jsonl": ":1",
+    "captions.tsv --output /dev/full": "/dev/full", "one.jsonl --output link.jsonl": "link.jsonl",
+    "rows.jsonl --export-chat rows.jsonl": "rows.jsonl",
+    "rows.jsonl --export-chat ./rows.jsonl": "rows.jsonl",
+    "rows.jsonl --export-chat /dev/null": "/dev/null",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name, data, args, words", BAD_INPUTS)
-def test_bad_input_is_named_before_the_first_call(tmp_path, name, data, args, words):
-    if data:
-        (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-    done = serve(tmp_path, reword, name, "--output", "rows.jsonl", *args.split(), code=2)
-    for word in words.split():
-        assert word in done.error
+@pytest.mark.parametrize("command", ERRORS)
+def test_what_is_wrong_is_named_before_the_first_call(tmp_path, command):
+    """And no file is changed."""
+    files = {name: data.encode() if isinstance(data, str) else data for name, data in FILES.items()}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "link.jsonl").symlink_to("one.jsonl")
+    args = command.split()
+    if not {"--output", "--export-chat"} & set(args):
+        args += ["--output", "new"]
+    done = serve(tmp_path, reword, *args, code=2)
     assert done.error.startswith("generate.py: error: ")
-    assert not done.server.requests
-    assert not lines(tmp_path / "rows.jsonl")
+    for word in ERRORS[command].split():
+        assert word in done.error
+    assert done.server.count == 0
+    assert not lines(tmp_path / "new")
+    for name, data in files.items():
+        assert (tmp_path / name).read_bytes() == data
+    assert not os.path.isfile("/dev/null")
 
 
 # ---------------------------------------------------------------- answers
@@ -287,8 +272,7 @@ TIDY = {  # what the LLM says: the answer in it
     "a dog's": "a dog's", "<think>a\nb</think>\n\nA dog": "A dog", "<think>hm": "<think>hm",
     'hm, a hound?</think>"A dog"': "A dog", "Paraphrase: A dog": "Paraphrase: A dog",
 }  # fmt: skip
-
-
+SOURCE = "a red dog runs"
 BAD_ANSWERS = [
     "", "...", "two\nlines", "a red\u2028dog", "A red dog runs!", "A RED dog - runs", "<think>hm",
     "**Bold** hound", "A hound <|im_end|>", "[INST] a hound", "A hound\ufffd", "A_hound_runs",
@@ -303,33 +287,27 @@ BAD_ANSWERS = [
     "the given text is: A hound", "Paraphrase: A hound", "A hound sprints. Собака бежит",
     "A hound 红狗", "A hound; a pooch", "# A hound", "A hound\x1b[31m",
 ]  # fmt: skip
-GOOD_ANSWERS = [
-    "A crimson hound sprints", "An iPad dog", "A dog & co., $5!", "Sorrel hound, in AI style",
-    "A hound 🐕", "Player #33's hound", "3 hounds", "A well-known hound - running", "Café hound",
-]  # fmt: skip
-
-
-GOOD_FOR_THEIR_SOURCE = {
-    "I'm sorry by Brenda Lee": "I'm sorry, a song", "Caption: this, #1 <3": "Caption: #1 <3",
-    "1. a dog / cat": "1. A hound / kitten", "собака dog": "Собака и dog",
+GOOD_ANSWERS = {  # of their sources
+    "A crimson hound sprints": SOURCE, "An iPad dog": SOURCE, "A dog & co., $5!": SOURCE,
+    "A hound 🐕": SOURCE, "Player #33's hound": SOURCE, "Café hound": SOURCE, "3 hounds": SOURCE,
+    "A well-known hound - running": SOURCE, "Sorrel hound, in AI style": SOURCE,
+    "I'm sorry, a song": "I'm sorry by Brenda Lee", "Caption: #1 <3": "Caption: this, #1 <3",
+    "1. A hound / kitten": "1. a dog / cat", "Собака и dog": "собака dog",
 }  # fmt: skip
 
 
 def test_tidy_and_problem_with():
     for said, answer in TIDY.items():
         assert tidy(said) == answer
-    source = "a red dog runs"
     for answer in BAD_ANSWERS:
-        assert problem_with(answer, source, "stop", may_echo=False), answer
-    for answer in GOOD_ANSWERS:
+        assert problem_with(answer, SOURCE, "stop", may_echo=False), answer
+    for answer, source in GOOD_ANSWERS.items():
         assert not problem_with(answer, source, "stop", may_echo=False), answer
-    assert not problem_with("A red dog runs.", source, "stop", may_echo=True)
+    assert not problem_with("A red dog runs.", SOURCE, "stop", may_echo=True)
     for finish_reason in (None, "", "stop", "STOP", "eos", "eos_token", "end_turn"):
-        assert not problem_with("A hound", source, finish_reason, may_echo=False)
+        assert not problem_with("A hound", SOURCE, finish_reason, may_echo=False)
     for finish_reason in ("length", "content_filter", "error", "abort", "SAFETY", 7):
-        assert problem_with("A hound", source, finish_reason, may_echo=False)
-    for source, answer in GOOD_FOR_THEIR_SOURCE.items():
-        assert not problem_with(answer, source, "stop", may_echo=False), answer
+        assert problem_with("A hound", SOURCE, finish_reason, may_echo=False)
     refusal = "I can't help with this caption"  # does not pass for one word of its source
     assert problem_with(refusal, "caption number 7 of a small dog", "stop", may_echo=False)
 
@@ -365,18 +343,16 @@ FAILING = {  # what comes, and what its reason must name; it would come again
 
 def test_what_may_pass_is_tried_again_and_nothing_else(tmp_path):
     """And a step 1 that failed never feeds a step 2; each failure is logged with its reason."""
-    asked = {}
+    asked = Counter()
 
     def answer(request):
-        asked[request.prompt] = asked.get(request.prompt, 0) + 1
-        kind = request.source.lower().strip(".").split()[-1]
-        if kind == "echo":
-            return request.source.upper() + "."
-        if request.step == 2 or kind == "fine":
-            return reword(request)
+        kind = request.source.split()[-1]
+        asked[request.step, kind] += 1
+        if request.step == 2:
+            return request.source.upper() + "." if kind == "echo" else reword(request)
         if kind in FAILING:
             return FAILING[kind][0]
-        return PASSING[kind] if asked[request.prompt] < 3 else reword(request)
+        return PASSING[kind] if kind in PASSING and asked[1, kind] < 3 else reword(request)
 
     kinds = ["fine", "echo", *FAILING, *PASSING]
     text = "".join(f"x/{kind}\tdog of {kind}\n" for kind in kinds)
@@ -385,6 +361,9 @@ def test_what_may_pass_is_tried_again_and_nothing_else(tmp_path):
     done = serve(tmp_path, answer, *args, patch=QUICK, code=1)
     written = {row["caption"] for row in lines(tmp_path / "rows.jsonl")}
     assert written == {f"dog of {kind}" for kind in ("fine", *PASSING)}
+    wanted = {(1, kind): 3 if kind in PASSING else 1 for kind in kinds}
+    wanted.update({(2, kind): 1 for kind in ("fine", "echo", *PASSING)})
+    assert asked == wanted
     failed = lines(tmp_path / "rows.jsonl.failed")
     assert len(failed) == len(FAILING) + 1
     for row in failed:
@@ -392,12 +371,7 @@ def test_what_may_pass_is_tried_again_and_nothing_else(tmp_path):
         assert FAILING.get(kind, (None, "echo"))[1] in row["reason"], row
         assert KEY[:12] not in row["reason"]
         assert set(row) == {"image_id", "caption", "reason"}
-    for prompt, times in asked.items():
-        kind = prompt.partition("dog of ")[2].partition('"')[0]
-        is_passing = kind in PASSING and prompt.startswith("Paraphrase the given caption")
-        assert times == (3 if is_passing else 1), prompt
-    assert f"{len(failed)} captions failed" in done.err
-    assert "rows.jsonl.failed" in done.err
+    assert re.search(f"{len(failed)} captions failed.*rows.jsonl.failed", done.err)
     assert not re.search(r"[\x1b\x07\x9b]", done.err)
 
 
@@ -410,52 +384,49 @@ def test_odd_answers_that_are_good(tmp_path):
     usages = [None, [], 7, {"prompt_tokens": "many"}, {"prompt_tokens": 1e999}, thoughtful]
 
     def answer(request):
-        n = number_in(request) - 1
         said = f"<think>\nhmm\n</think>\n\n{reword(request).content}"
+        if request.step == 2:
+            said = said.replace("in other", "in\ud83d other")
         message = {"content": said, "reasoning_content": "hmm"}
-        reply = body(choices=[{"message": message}], usage=usages[n])
-        if n == 1:
-            reply.body = b"\xef\xbb\xbf" + reply.body
-            reply.headers = {"Content-Type": "application/json; charset=utf-8"}
-            reply.status = 201
-        if n == 2 and request.step == 2:
-            reply.body = reply.body.replace(b"in other", b"in\\ud83d other")
-        return reply
+        reply = body(choices=[{"message": message}], usage=usages[number_in(request) - 1])
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        return Reply(body=b"\xef\xbb\xbf" + reply.body, headers=headers, status=201)
 
     done = serve(tmp_path, answer, *write_captions(tmp_path, 6))
     assert done.server.count == 12
     assert re.search(r"tokens\D*sent\D*60\D*answered\D*1020\b", done.out)
     for row in lines(tmp_path / "rows.jsonl"):
-        plain = row["paraphrase_2"].replace("in? other", "in other")
-        assert plain == f"in other words plainly {row['caption']}"
-
-
-# ---------------------------------------------------------------- what fails
+        assert row["paraphrase_2"] == f"in? other words plainly {row['caption']}"
 
 
 def test_what_failed_is_asked_for_again(tmp_path):
-    """By the same command, or with another --sampling; and nothing else is."""
+    """By the same command, with another --sampling or --limit; and nothing else is."""
     args = write_captions(tmp_path, 6)
-    serve(tmp_path, lambda r: "I'm sorry" if number_in(r) in (2, 4) else reword(r), *args, code=1)
-    args_now = (*args, "--sampling", "top_p=1.0")
-    done = serve(tmp_path, lambda r: "no\nno" if number_in(r) == 4 else reword(r), *args_now, code=1)
-    assert {number_in(request) for request in done.server.requests} == {2, 4}
+    bad = {2, 4}
+
+    def answer(request):
+        return "I'm sorry" if number_in(request) in bad else reword(request)
+
+    assert serve(tmp_path, answer, *args, "--limit", 5, code=1).server.count == 3 * 2 + 2
+    bad.remove(2)
+    done = serve(tmp_path, answer, *args, "--sampling", "top_p=1.0", code=1)
+    assert {number_in(request) for request in done.server.requests} == {2, 4, 6}
     assert {request.body["top_p"] for request in done.server.requests} == {1.0}
     assert numbers(tmp_path / "rows.jsonl.failed") == [2, 4, 4]
-    assert serve(tmp_path, reword, *args).server.count == 2
-    assert serve(tmp_path, reword, *args).server.count == 0
+    for calls in (2, 0):
+        assert serve(tmp_path, reword, *args).server.count == calls
     assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3, 4, 5, 6]
 
 
 def test_fifty_failures_in_a_row_stop_the_job(tmp_path):
     """After good answers too, whatever they are: an outage, a wrong key. None is lost by it."""
     args = write_captions(tmp_path, 300)
+    job = (*args, "--max-retries", 1, "--concurrency", 4)
     for trouble, name in ((error(503, b"boom"), "boom"), (FAILING["401"][0], "OPENAI_API_KEY")):
-        job = (*args, "--max-retries", 1, "--concurrency", 4)
+        answers = 20 * [None] + 200 * [trouble]
         done = serve(
-            tmp_path, lambda r, t=trouble: reword(r) if r.number < 20 else t, *job,
-            code=2, patch=QUICK,
-        )  # fmt: skip
+            tmp_path, lambda r, a=answers: a[r.number] or reword(r), *job, code=2, patch=QUICK
+        )
         assert done.server.count <= 20 + 2 * 54
         flags = ("--model", done.server.url, "--sampling", "--concurrency", "--timeout")
         for word in ("50 captions", name, *flags):
@@ -476,28 +447,21 @@ def test_old_failures_do_not_stop_a_job_that_goes_on(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     done = serve(tmp_path, lambda r: reword(r) if number_in(r) > 60 else "no\nno", *args, code=2)
     assert "50 captions" in done.error
-    asked = [number_in(request) for request in done.server.requests if request.step == 1]
-    assert sorted(asked[:139]) == list(range(62, 201))
     assert numbers(tmp_path / "rows.jsonl") == list(range(61, 201))
 
 
 def test_no_server_and_a_slow_one(tmp_path):
     """Three tries; a time-out names the flags that help, and its default is long."""
     args = (*write_captions(tmp_path, 60), "--concurrency", 32)
-    url = "http://127.0.0.1:9/v1"
-    done = run(*args, "--endpoint", url, cwd=tmp_path, code=2, patch=QUICK)
+    done = run(*args, "--endpoint", "http://127.0.0.1:9/v1", cwd=tmp_path, code=2, patch=QUICK)
     assert "no answer: [Errno 111] Connection refused; are" in done.error
-    assert url in done.error
+    assert "http://127.0.0.1:9/v1" in done.error
     os.remove(tmp_path / "rows.jsonl.failed")
     assert parse_args(["a.tsv", "--output", "o"]).timeout == 300
     args = (*write_captions(tmp_path, 2), "--timeout", 0.3)
     serve(tmp_path, slowly(2), *args, code=1, patch=QUICK)
     for row in lines(tmp_path / "rows.jsonl.failed"):
-        assert "Read timed out" in row["reason"]
-        assert "--concurrency" in row["reason"] and "--timeout" in row["reason"]
-
-
-# ---------------------------------------------------------------- rate limits, and the pace
+        assert re.search("Read timed out.*--concurrency.*--timeout", row["reason"])
 
 
 def test_no_rate_limit_fails_a_caption_while_others_get_answers(tmp_path):
@@ -522,9 +486,8 @@ def test_a_429_for_one_caption_alone_ends(tmp_path):
     """It fails when nobody else has got an answer for so long; till then it slows down nobody."""
 
     def answer(request):
-        if number_in(request) == 30:
-            return error(429, b"not you")
-        return Reply(reword(request).content, delay=0.01)
+        is_limited = number_in(request) == 30
+        return error(429) if is_limited else Reply(reword(request).content, delay=0.01)
 
     args = (*write_captions(tmp_path, 300), "--concurrency", 8, "--max-retries", 3)
     done = serve(tmp_path, answer, *args, code=1, patch=f"{QUICK}; generate.LONGEST_LIMIT = 0.5")
@@ -536,37 +499,28 @@ def test_a_429_for_one_caption_alone_ends(tmp_path):
 
 @pytest.mark.parametrize("kind", ["429", "503", "date", "in a 200"])
 def test_nobody_sends_in_a_pause(tmp_path, kind):
-    """Retry-After holds back all workers."""
+    """Retry-After holds back all workers, and the bar says why."""
     paused_at = []
+    replies = {
+        "429": error(429), "503": error(503), "date": error(429), "in a 200": body(error={"code": 429})
+    }  # fmt: skip
 
     def answer(request):
         if request.number != 10:
-            return Reply(reword(request).content, delay=0.02)
+            return Reply(reword(request).content, delay=0.05)
         paused_at.append(time.monotonic())
-        reply = error(503 if kind == "503" else 429, Retry_After="1.5")
-        if kind == "date":  # in whole seconds: 1 to 2 from now
-            reply.headers = {"Retry-After": email.utils.formatdate(time.time() + 2, usegmt=True)}
-        if kind == "in a 200":
-            reply.status = 200
-            reply.body = body(error={"code": 429}).body
-        return reply
+        date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2
+        replies[kind].headers = {"Retry-After": date if kind == "date" else "1.5"}
+        return replies[kind]
 
-    done = serve(tmp_path, answer, *write_captions(tmp_path, 20), "--concurrency", 8)
+    args = (*write_captions(tmp_path, 60), "--concurrency", 8)  # 0.75 s without a pause
+    done = serve(tmp_path, answer, *args, patch="generate.BAR_SECONDS = 0.3")  # as in a terminal
+    assert re.search("rows.*trouble=HTTP (429|503): ", done.err)
     sent = [request.time - paused_at[0] for request in done.server.requests[11:]]
     pause = 1 if kind == "date" else 1.5
     assert not [t for t in sent if 0.3 < t < pause - 0.05]  # 0.3: the 429 is on its way
-    assert len(sent) > 15
-    assert len(lines(tmp_path / "rows.jsonl")) == 20
-
-
-def test_pace(tmp_path):
-    """--concurrency calls are in flight at once, each worker on a connection that is kept."""
-    args = (*write_captions(tmp_path, 120), "--concurrency", 40)
-    server = serve(tmp_path, slowly(0.2), *args).server
-    times = [request.time for request in server.requests]
-    in_flight = [sum(0 <= t - first < 0.19 for t in times) for first in times]
-    assert max(in_flight) == 40
-    assert server.connections <= 40
+    assert len(sent) > 90
+    assert len(lines(tmp_path / "rows.jsonl")) == 60
 
 
 def test_an_interim_status_gives_no_caption_anothers_answer(tmp_path):
@@ -584,14 +538,14 @@ def test_an_interim_status_gives_no_caption_anothers_answer(tmp_path):
     rows = lines(tmp_path / "rows.jsonl")
     assert len(rows) == 200
     for row in rows:
-        assert row["paraphrase_1"] == f"plainly {row['caption']}"
-        assert row["paraphrase_2"] == f"in other words plainly {row['caption']}"
+        step_1 = f"plainly {row['caption']}"
+        assert [row["paraphrase_1"], row["paraphrase_2"]] == [step_1, f"in other words {step_1}"]
 
 
 def test_the_key_shows_nowhere(tmp_path):
     """run() looks for it in all that is printed; and a server may say it in an answer."""
     args = write_captions(tmp_path, 2)
-    assert "OPENAI_API_KEY: set it" in run(*args, key=None, code=2, cwd=tmp_path).err
+    assert "OPENAI_API_KEY: set it" in run(*args, key="", code=2, cwd=tmp_path).err
     with Server(lambda r: f"my key is {KEY} and {r.step} for {number_in(r)}") as server:
         run(*args, key=f"{KEY}\u20ac", server=server, cwd=tmp_path, patch=QUICK, code=1)
         assert server.count == 0
@@ -625,6 +579,7 @@ def test_twenty_kills(tmp_path):
         assert row["image_id"] == f"x/{row['caption'].split()[-1]}"
         assert row["paraphrase_2"] == f"in other words plainly {row['caption']}"
     assert 4000 <= server.count <= 4000 + 20 * 8 * 2
+    assert server.connections <= 21 * 8  # each worker keeps its own
 
 
 def test_ctrl_c(tmp_path):
@@ -649,18 +604,6 @@ def test_ctrl_c(tmp_path):
         assert "Traceback" not in err
         assert re.split(r"[\r\n]", err.rstrip())[-1].startswith("stopped: ")
         assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3, 4, 5]
-    assert serve(tmp_path, reword, *args).server.count == 190
-    assert numbers(tmp_path / "rows.jsonl") == list(range(1, 101))
-
-
-def test_a_wait_shows_why(tmp_path):
-    """The bar of a job in which nothing ends says what it waits for."""
-    with Server(lambda r: error(503, b"down for a while", Retry_After="2")) as server:
-        patch = "generate.BAR_SECONDS = 0.3"  # as in a terminal
-        process = start(*write_captions(tmp_path, 3), server=server, cwd=tmp_path, patch=patch)
-        time.sleep(2)
-        process.kill()
-    assert "HTTP 503: down for a while" in process.communicate()[1]
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
@@ -676,52 +619,6 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
         assert sorted(rows.read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
-NO_OUTPUT = {
-    "package.json": '{"name": "my-package"}',
-    "prose.txt": "Dear all,\nkeep this",
-    "torn.jsonl": '{"name": "my',
-    "one.jsonl": '{"image_id": "1", "caption": "a dog", "n": 5}',
-    "cut.jsonl": '{"image_id": "1"}\n{"image_id": "2',
-    "rows.jsonl": json.dumps(dict.fromkeys(ROW_KEYS, "a dog")),
-}
-COMMANDS = [
-    "captions.tsv --output package.json", "captions.tsv --output prose.txt",
-    "captions.tsv --output torn.jsonl", "captions.tsv --output one.jsonl",
-    "captions.tsv --output cut.jsonl", "captions.tsv --output captions.tsv",
-    "captions.tsv --output .", "captions.tsv --output /dev/full",
-    "one.jsonl --output one.jsonl",
-    "one.jsonl --output link.jsonl", "rows.jsonl --export-chat rows.jsonl",
-    "rows.jsonl --export-chat ./rows.jsonl", "rows.jsonl --export-chat /dev/null",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_no_output_is_left_alone(tmp_path, command):
-    write_captions(tmp_path, 4)
-    files = {**NO_OUTPUT, "captions.tsv": (tmp_path / "captions.tsv").read_text()}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    (tmp_path / "link.jsonl").symlink_to("one.jsonl")
-    done = serve(tmp_path, reword, *command.split(), code=2)
-    assert command.split()[2] in done.error
-    assert done.server.count == 0
-    for name, text in files.items():
-        assert (tmp_path / name).read_text() == text
-    assert not os.path.isfile("/dev/null")
-
-
-def test_an_output_can_be_added_to(tmp_path):
-    """By another job, and by fewer captions than before."""
-    (tmp_path / "more.tsv").write_text("filepath\ttitle\ny/1\ta red cat 5\n")
-    args = write_captions(tmp_path, 4)
-    serve(tmp_path, reword, *args, "--limit", 3)
-    assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3]
-    serve(tmp_path, reword, "more.tsv", "--output", "rows.jsonl")
-    assert serve(tmp_path, reword, *args, "--limit", 1).server.count == 0
-    serve(tmp_path, reword, *args)
-    assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3, 4, 5]
-
-
 def test_two_processes_on_one_output(tmp_path):
     """The second stops before its first call."""
     with Server(slowly(0.5)) as server:
@@ -732,49 +629,40 @@ def test_two_processes_on_one_output(tmp_path):
         second = run(*args, server=server, cwd=tmp_path, code=2)
         out, err = first.communicate(timeout=30)
     assert first.returncode == 0, out + err
-    assert "rows.jsonl: another" in second.error
-    assert server.count == 6
+    assert "rows.jsonl: another" in second.error and server.count == 6
     assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3]
 
 
-def test_a_disk_without_locks(tmp_path):
-    """It is no error, and said before the first call."""
-    patch = "exec('def no(*_): raise OSError(37, \"No locks available\")'); fcntl.flock = no"
-    done = serve(tmp_path, reword, *write_captions(tmp_path, 3), patch=patch)
-    assert "rows.jsonl: " in done.err and "lock" in done.err
-    assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3]
-
-
-def test_a_full_disk(tmp_path):
-    """A limit of file sizes stands in for it: whole rows only, and the job goes on later."""
+def test_a_full_disk_and_one_without_locks(tmp_path):
+    """A limit of file sizes stands in for the first: whole rows only, and the job goes on later."""
     args = write_captions(tmp_path, 200)
     for size in (9000, 12000):
         limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
         assert "disk is full" in serve(tmp_path, reword, *args, code=2, preexec_fn=limit).error
         rows = lines(tmp_path / "rows.jsonl")
         assert size / 300 < len(rows) < size / 100
-    serve(tmp_path, reword, *args)
+    patch = "exec('def no(*_): raise OSError(37, \"No locks available\")'); fcntl.flock = no"
+    done = serve(tmp_path, reword, *args, patch=patch)
+    assert "rows.jsonl: is on a disk without locks" in done.err
     assert numbers(tmp_path / "rows.jsonl") == list(range(1, 201))
     assert lines(tmp_path / "rows.jsonl")[: len(rows)] == rows
 
 
-# ---------------------------------------------------------------- after the job
-
-
 def test_export_chat(tmp_path):
     """Two chats a row, whose answers alone are to be learned; a bad row leaves the old file."""
-    row = dict(zip(ROW_KEYS, ("a/1", "a {red} dog", "a dög", "a 'hound'")))
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    texts = ("a {red} dog", "a dög", "a 'hound'")
+    row = json.dumps(dict(zip(ROW_KEYS, ("a/1", *texts))))
+    (tmp_path / "rows.jsonl").write_text(row)
+    (tmp_path / "bad.jsonl").write_text(row + "\n" + row + '\n{"image_id": "1"}\n')
     chats = []
-    for prompt, source, answer in zip(PROMPTS, ("a {red} dog", "a dög"), ("a dög", "a 'hound'")):
+    for prompt, source, answer in zip(PROMPTS, texts, texts[1:]):
         question = {"role": "user", "content": prompt.replace("{}", source)}
         completion = {"role": "assistant", "content": answer}
         chats.append({"prompt": [question], "completion": [completion]})
-    run("rows.jsonl", "--export-chat", "chat/train.jsonl", key=None, cwd=tmp_path)
+    run("rows.jsonl", "--export-chat", "chat/train.jsonl", key="", cwd=tmp_path)
     assert lines(tmp_path / "chat/train.jsonl") == chats
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"image_id": "1"}\n')
-    done = run("bad.jsonl", "--export-chat", "chat/train.jsonl", key=None, code=2, cwd=tmp_path)
-    assert "bad.jsonl:2" in done.error
+    done = run("bad.jsonl", "--export-chat", "chat/train.jsonl", key="", code=2, cwd=tmp_path)
+    assert "bad.jsonl:3" in done.error
     assert lines(tmp_path / "chat/train.jsonl") == chats
 
 
@@ -799,17 +687,14 @@ def test_sheet(tmp_path):
     for n, share in enumerate(("100", "0", "0")):
         assert cells[n] == [f"a/{n}", *(" ".join(text.split()) for text in texts[n]), share]
     # words: 3, 4, 2; 3, 4, 2; 4, 2, 1. Kept in T': all, all, none; in T'': 3/3, 0, 0
-    assert "3 rows" in out
-    assert "T 3.0, T' 3.0, T'' 2.3" in out
+    assert "3 rows\nWords: T 3.0, T' 3.0, T'' 2.3" in out
     assert re.search(r"67%.* 33\.3%.*no word.* 33\.3%\n.* 33%.*80%.* 33\.3%", out), out
     assert " x " not in out  # nothing is frequent
 
     texts = [(f"dog no. {n}", f"hound no. {n}", f"pooch no. {n}") for n in range(140)]
-    for times, word in ((7, "N/A"), (5, "Je ne peux pas"), (3, "TODO"), (2, "rarer")):
-        texts += times * [("a dog", word, f"{word} too")]
+    texts += 7 * [("a dog", "N/A", "no")] + 3 * [("a dog", "TODO", "to do")]
     out, cells = sheet(texts)
-    frequent = [("7", "N/A"), ("5", "Je ne peux pas"), ("3", "TODO")]
-    frequent += [(n, f"{text} too") for n, text in frequent]
+    frequent = [("7", "N/A"), ("3", "TODO"), ("7", "no"), ("3", "to do")]
     assert re.findall(r"(\d+) x (.*)", out) == frequent
     assert len(cells) == 101
     assert sheet(texts)[1] == cells
