@@ -720,6 +720,9 @@ def check_flags(args):
     """Raise InputError for what can be seen before a model is loaded."""
     for name in args.models:
         paraclip.find_model(name)
+    for path in (args.json, args.gallery):
+        if path and not path.parent.is_dir():
+            raise InputError(f"{path}: its folder is not there")
     files = [TASKS[task].file for task in args.tasks]
     if not any((args.data / file).exists() for file in files):
         raise InputError(f"--data {args.data}: nothing to evaluate, none of these is there: "

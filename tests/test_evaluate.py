@@ -104,6 +104,14 @@ def test_sts_traps(data, tmp_path):
     assert result.figures == {} and len(result.not_run) == 7
 
 
+def test_equal_sentences_tie(data, monkeypatch):
+    """A text's cosine with itself is 1 only up to 2^-26: none may rank above another's."""
+    pairs = [("all", f"text {i}", f"text {i}", i % 4) for i in range(12)] + [("all", "a", "b", 0)]
+    monkeypatch.setattr(evaluate, "read_sts", lambda *_: pairs)
+    expected = evaluate.spearman([1] * 12 + [0], [gold for *_, gold in pairs])
+    assert evaluate.sts(data, ANY).figures == {"STS": pytest.approx(expected)}
+
+
 def test_aro_crop_groups_and_macro_by_hand(data):
     """Four relations, one symmetric; "on" right once in three, "under" right, "holding" a tie."""
     right, wrong, tie = (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)
@@ -371,6 +379,7 @@ def test_errors_before_the_work(data, models, tmp_path, monkeypatch, run):
     monkeypatch.setattr(paraclip, "load_model", None)
     for flags, error in (
         ([models[0], "--data", tmp_path], f"--data {tmp_path}: nothing to evaluate, none of"),
+        ([models[0], "--data", data, "--gallery", "no/page.html"], "no/page.html: its folder is not"),
         ([models[0], "--data", data, "--tasks", "imagenet"], "is there: imagenet/val$"),
         ([models[0], "no-such-model", "--data", data], "no-such-model: "),
     ):
