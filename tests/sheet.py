@@ -14,11 +14,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from generate import BAR_SECONDS, ROW_KEYS, InputError, expand, read_rows, words_of
+from generate import ROW_KEYS, InputError, expand, read_rows, words_of
 
 FIGURES = """{rows:,} rows
 Words: T {t:.1f}, T' {t1:.1f}, T'' {t2:.1f}
@@ -36,7 +35,7 @@ def share_kept(text, paraphrase):
 def read_all(patterns):
     """Yield the rows of all files."""
     for path in expand(patterns):
-        for row, _ in tqdm(read_rows(path), path, unit=" rows", mininterval=BAR_SECONDS):
+        for row, _ in read_rows(path):
             yield row
 
 
