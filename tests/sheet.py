@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from generate import ROW_KEYS, InputError, expand, read_rows, words_of
