@@ -50,7 +50,7 @@ def average_overlap(a, b):
 def jaccard(a, b):
     """Equation 2: JS@k of two ranked lists of k items.
 
-        JS@k(a, b) = |a[1:k] & b[1:k]| / |a[1:k] | b[1:k]|
+        JS@k(a, b) = |a[1:k] ∩ b[1:k]| / |a[1:k] ∪ b[1:k]|
     """
     return len(set(a) & set(b)) / len(set(a) | set(b))
 

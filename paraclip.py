@@ -166,7 +166,7 @@ def loss_terms(encoder, tokens, image_features, loss):
     terms = {}
     for term in loss:
         a, b = term.split(":")
-        # checkpoint: one n x N matrix of similarities is in memory at a time, not all of them
+        # checkpoint: only one term's n x N matrices are in memory at a time, not those of all
         terms[term] = checkpoint(
             info_nce, features[a], features[b], logit_scale, local_rows, use_reentrant=False
         )
@@ -204,7 +204,7 @@ class TextEncoder(torch.nn.Module):
         features = []
         for chunk, chunk_lengths in zip(tokens[order].split(size), lengths.split(size)):
             with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):
-                features.append(self.encode(cut(chunk, chunk_lengths, step), chunk_lengths))
+                features.append(self.encode(cut(chunk, chunk_lengths, step)))
         features = torch.cat(features)[self.send(order.argsort())]  # in the order of `tokens`
         return F.normalize(features.to(logit_scale.dtype), dim=-1), logit_scale.exp()
 
@@ -224,12 +224,12 @@ class TextEncoder(torch.nn.Module):
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
 
-    def encode_parts(self, parts, lengths):
+    def encode_parts(self, parts):
         """Parts [m, L] of n texts -> [n, D], part by part by open_clip's own forward."""
         return torch.cat([self.clip.encode_text(self.send(part)) for part in parts])
 
-    def encode_flat(self, parts, lengths):
-        """Parts [m, L] of n texts with their lengths [n] -> [n, D] by CLIP's causal transformer.
+    def encode_flat(self, parts):
+        """Parts [m, L] of n texts -> [n, D] by CLIP's causal transformer.
 
         All tokens are one list [tokens, width], and only attention goes part by part: a GPU takes
         less time for few large products than for many small ones.
@@ -237,7 +237,8 @@ class TextEncoder(torch.nn.Module):
         tower = self.tower
         tokens = torch.cat([part.flatten() for part in parts])
         positions = torch.cat([torch.arange(part.shape[1]).repeat(len(part)) for part in parts])
-        ends = torch.where(positions == 0)[0] + lengths - 1  # in the list, of each text
+        starts = torch.where(positions == 0)[0]  # in the list, of each text
+        ends = starts + torch.cat([part.argmax(1) for part in parts])
         sizes = [part.numel() for part in parts]
         masks = [self.mask(*part.shape) for part in parts]
 
@@ -254,7 +255,7 @@ class TextEncoder(torch.nn.Module):
         It is the tower's own within a text, and -inf between two. A GPU's attention works in
         tiles of 64 tokens, so short texts share one.
         """
-        g = math.gcd(count, 2 ** int(math.log2(64 / length)))
+        g = math.gcd(count, 2 ** max(0, int(math.log2(64 / length))))
         weights = self.tower.attn_mask[:length, :length].exp()  # 1, or 0 where nothing is seen
         mask = torch.block_diag(*[weights] * g).log()
         return mask.to(torch.bfloat16 if self.bf16 else weights.dtype)
@@ -264,7 +265,7 @@ def cut(tokens, lengths, step):
     """Texts [n, 77], sorted by length -> parts [m, L], each of texts of about one length L.
 
     Four texts, then four more and so on, are padded to one length, a multiple of `step`, and those
-    of equal padded length are a part. For four at a time see mask().
+    of equal padded length are a part. So mask() can lay four short ones side by side.
     """
     padded = torch.cat([four[-1].expand(len(four)) for four in lengths.split(4)])
     padded = (padded + step - 1) // step * step
@@ -280,7 +281,8 @@ def attention(attn, x, sizes, masks):
     for part, mask in zip(qkv.split(sizes), masks):
         part = part.view(-1, len(mask), 3, attn.num_heads, attn.head_dim)
         q, k, v = part.permute(2, 0, 3, 1, 4)  # each [groups, heads, g L, width / heads]
-        # With is_causal=True it would be flash attention, three times slower on short texts.
+        # The mask separates the texts of a group, too. Where each is alone, is_causal=True would
+        # do; but that is flash attention, three times slower on short texts.
         out = F.scaled_dot_product_attention(q, k, v, mask)
         attended.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
     return attn.out_proj(torch.cat(attended))
@@ -637,7 +639,7 @@ def load_in_workers(load, keys, workers):
 # ------------------------------------------------------------------ models
 
 BASELINES = {  # section 3.1: the open_clip model and its weights, all ViT-B/32
-    # The plain ViT-B-32 loads OpenAI's weights too, and is silently wrong.
+    # The plain ViT-B-32 loads OpenAI's weights too, with the wrong activation.
     "openai": ("ViT-B-32-quickgelu", "openai"),
     # It was trained with QuickGELU, but GELU is what gives the paper's 60.2 on ImageNet.
     "openclip-400m": ("ViT-B-32", "laion400m_e32"),
@@ -900,7 +902,7 @@ def run(main):
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 says it first, and torchrun ends the others
         if isinstance(error, torch.OutOfMemoryError):
-            error = f"{one_line(error)}; a --micro-batch needs less, for the same gradients"
+            error = f"{one_line(error)}; in paraclip.py a --micro-batch needs less"
         elif not isinstance(error, (InputError, OSError)):
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)

@@ -204,10 +204,11 @@ def test_texts_that_share_a_tile_do_not_see_each_other(world, count, lengths):
     assert (features - expected).abs().max() < 1e-12
     sorted_lengths, order = encoder.lengths(tokens).sort()
     parts = paraclip.cut(tokens[order], sorted_lengths, step=2)  # as on a GPU
-    features = F.normalize(encoder.encode_flat(parts, sorted_lengths), dim=-1)
+    features = F.normalize(encoder.encode_flat(parts), dim=-1)
     assert (features - expected[order]).abs().max() < 1e-12
     assert all(part.shape[1] % 2 == 0 or part.shape[1] == 77 for part in parts)
     assert len(encoder.mask(64, 8)) == 64  # there are more texts than one side by side
+    encoder.mask(4, 130)  # a context longer than two tiles, as LongCLIP's: each text is alone
 
 
 def test_two_ranks_equal_the_naive_step(world, alone, tmp_path):
@@ -920,7 +921,7 @@ def test_a_full_gpu_is_one_line(world, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(paraclip, "loss_terms", fail)
     assert train(*flags(world, tmp_path / "run")) == 2
     error = capfd.readouterr().err
-    assert "CUDA out of memory. Tried to allocate 20 GiB; a --micro-batch needs less" in error
+    assert "CUDA out of memory. Tried to allocate 20 GiB; in paraclip.py a --micro-batch needs less" in error
     assert not dist.is_initialized()
 
 
