@@ -1,12 +1,12 @@
-"""ParaCLIP, section 3.2: every figure of Tables 1 and 2, and Figure 3, for any number of models.
+"""ParaCLIP, section 3.2: every figure of Tables 1 and 2 for any number of models, and Figure 3.
 
 All that there is of the benchmarks below --data:
     python evaluate.py openai runs/openai --data benchmarks/ --json results.json
 Your own photos in mine/images, your own pairs in mine/paraphrased_retrieval.jsonl:
     python evaluate.py openai runs/openai --data mine/ --tasks paraphrase --gallery figure3.html
 
-The table has a row for each model, with the paper's figures for it and the differences to the
-first model below. A benchmark that is not below --data says `not run`, and which file it wants.
+The table has a row for each model, and below it the paper's figures for it and the differences
+from the first model. A benchmark that is not below --data says `not run`, and which file it wants.
 """
 
 import argparse
@@ -315,6 +315,8 @@ def sts(data, encoders):
             scored["all"].append(scores)
             scored[subset].append(scores)
         result.sub_scores[task] = {name: spearman(*zip(*scored[name])) for name in scored}
+        if result.sub_scores[task]["all"] is None:
+            raise InputError(f"sts, {task}: all cosines, or all gold scores, are equal")
         result.counts[task] = len(golds)
     if result.counts:
         result.figures["STS"] = fmean(rho["all"] for rho in result.sub_scores.values())
@@ -564,7 +566,8 @@ class Encoders:
         load = functools.partial(paraclip.load_pixels, self.model, open_item)
         loader = paraclip.load_in_workers(load, blocks, min(self.workers, len(blocks)))
         for loaded, block in zip(progress(loader, "images"), blocks):
-            for item in itertools.compress(block, ~loaded[1]):  # again, to learn the reason
+            _, readable = loaded
+            for item in itertools.compress(block, ~readable):  # again, to learn the reason
                 with naming(f"{item} can't be read (mend or remove it)"):
                     self.model.preprocess(open_item(item))
             with torch.autocast(DEVICE, torch.bfloat16, enabled=self.text_encoder.bf16):
@@ -647,8 +650,8 @@ def show_image(path, gold):
     content = io.BytesIO()
     ImageOps.fit(image, (208, 208)).save(content, "JPEG")
     source = base64.b64encode(content.getvalue()).decode()
-    frame = "gold" if path == gold else "grey"
-    return (f'<img class="{frame}" title="{html.escape(path.name)}" '
+    frame = ' class="gold"' if path == gold else ""
+    return (f'<img{frame} title="{html.escape(path.name)}" '
             f'src="data:image/jpeg;base64,{source}">')
 
 

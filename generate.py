@@ -61,8 +61,14 @@ EMPTY = "an empty answer"
 # What a paraphrase has only if its source has it: markup, labels and remarks, the ends of lines and
 # other control characters, the beginning of a list, words about the task or about who does it.
 MARKS = re.compile(
-    r"[<>\[\]{}()|\\*_`:;/•\ufffd\x00-\x1f\x7f-\x9f\u2028\u2029]|^(?:\d+\.|[-–—+#]+)(?= )"
-    r"|\bi\b(?!-)|\b(?:paraphras|rephras|reword|rewrit|sorry|apolog|caption|context)"
+    r"""
+    [<>\[\]{}()|\\*_`:;/•\ufffd]
+    | [\x00-\x1f\x7f-\x9f\u2028\u2029]
+    | ^(?:\d+\.|[-–—+\#]+)(?=[ ])
+    | \bi\b(?!-)
+    | \b(?:paraphras|rephras|reword|rewrit|sorry|apolog|caption|context)
+    """,
+    re.VERBOSE,
 )
 
 
@@ -226,7 +232,7 @@ class Endpoint:
         self.answered_at = time.monotonic()
         problem = problem_with(answer, source, choice.get("finish_reason"), may_echo)
         if problem and (problem != EMPTY or answered):
-            # Asked again at the paper's top_p of 0.1, it would come back as it is.
+            # Asked again at once, at the paper's top_p of 0.1, it would most likely come back.
             raise CaptionFailed(one_line(f"{problem}: {answer}"))
         return answer
 
@@ -306,8 +312,9 @@ def generate(flags):
                                  "right, and --concurrency and --timeout, if the server is slow?")
     print(f"{flags.output}: {len(todo) - failed} rows more; tokens: {dict(endpoint.tokens)}")
     if failed:
-        print(f"{failed} captions failed, the last: {last_reason}; {flags.output}.failed has all "
-              "reasons. The same command asks for them again", file=sys.stderr)
+        print(f"{failed} captions failed at {endpoint.url}, the last: {last_reason}; "
+              f"{flags.output}.failed has all reasons. The same command asks for them again",
+              file=sys.stderr)
         return 1
     return 0
 
@@ -360,7 +367,8 @@ def captions_to_ask(flags, written):
                 break
     if not seen:
         raise InputError(f"{flags.captions}: no captions; {dict(count)}")
-    print(f"captions: {len(todo)} of {len(seen)} to do; {dict(count)}", flush=True)
+    left_out = "".join(f"; {number} {what}" for what, number in count.items())
+    print(f"captions: {len(todo)} of {len(seen)} to do{left_out}", flush=True)
     return todo[passed_by:] + todo[:passed_by]
 
 

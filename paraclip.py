@@ -176,9 +176,9 @@ def loss_terms(encoder, tokens, image_features, loss):
 class TextEncoder(torch.nn.Module):
     """CLIP's text tower and logit scale: all that trains, since load_model() freezes the rest.
 
-    clip: an open_clip model. micro_batch: texts encoded at once, 0 for all; then only their
-    features are kept, and backward encodes them again. bf16: products in bfloat16, under
-    autocast. DistributedDataParallel wraps this module.
+    clip: an open_clip model. micro_batch: how many texts are encoded at once, 0 for all. With a
+    micro_batch only the features of its texts are kept, and backward encodes them again. bf16:
+    products in bfloat16, under autocast. DistributedDataParallel wraps this module.
     """
 
     def __init__(self, clip, micro_batch=0, bf16=False):
@@ -186,11 +186,15 @@ class TextEncoder(torch.nn.Module):
         self.clip = clip
         self.micro_batch = micro_batch
         self.bf16 = bf16
-        self.tower = getattr(clip, "text", clip)  # a CLIP is its own text tower
-        self.is_causal = is_causal(self.tower)
-        self.encode = self.encode_flat if self.is_causal else self.encode_parts
+        self.is_plain = is_plain(self.tower)
+        self.encode = self.encode_flat if self.is_plain else self.encode_parts
         if micro_batch:
             self.encode = functools.partial(checkpoint, self.encode, use_reentrant=False)
+
+    @property
+    def tower(self):
+        """The text tower. A CLIP is its own; as an attribute it would be registered twice."""
+        return getattr(self.clip, "text", self.clip)
 
     def forward(self, tokens):
         """Tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and logit_scale.
@@ -200,18 +204,18 @@ class TextEncoder(torch.nn.Module):
         logit_scale = self.clip.logit_scale
         lengths, order = self.lengths(tokens).sort()
         size = self.micro_batch or len(tokens)
-        step = 2 if logit_scale.is_cuda else 1  # a GPU takes less time for fewer, larger parts
+        multiple = 2 if logit_scale.is_cuda else 1  # a GPU prefers fewer, larger parts
         features = []
         for chunk, chunk_lengths in zip(tokens[order].split(size), lengths.split(size)):
             with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):
-                features.append(self.encode(cut(chunk, chunk_lengths, step)))
+                features.append(self.encode(cut(chunk, chunk_lengths, multiple)))
         features = torch.cat(features)[self.send(order.argsort())]  # in the order of `tokens`
         return F.normalize(features.to(logit_scale.dtype), dim=-1), logit_scale.exp()
 
     def lengths(self, tokens):
         """For each text [n, 77] the number of its first tokens that its feature depends on, [n]."""
-        if self.is_causal:
-            return tokens.argmax(1) + 1  # up to the end token, which has the highest number
+        if self.is_plain:
+            return tokens.argmax(1) + 1  # up to the end token, which has the highest token id
         if isinstance(self.tower, open_clip.hf_model.HFTextEncoder):
             # RoBERTa's attention mask leaves padding out.
             return (tokens != self.tower.config.pad_token_id).sum(1)
@@ -261,17 +265,17 @@ class TextEncoder(torch.nn.Module):
         return mask.to(torch.bfloat16 if self.bf16 else weights.dtype)
 
 
-def cut(tokens, lengths, step):
+def cut(tokens, lengths, multiple):
     """Texts [n, 77], sorted by length -> parts [m, L], each of texts of about one length L.
 
-    Four texts, then four more and so on, are padded to one length, a multiple of `step`, and those
-    of equal padded length are a part. So mask() can lay four short ones side by side.
+    Four texts, then four more and so on, are padded to one length that `multiple` divides. Those
+    of equal padded length are a part, so mask() can lay four short ones side by side.
     """
     padded = torch.cat([four[-1].expand(len(four)) for four in lengths.split(4)])
-    padded = (padded + step - 1) // step * step
-    longest, counts = padded.unique_consecutive(return_counts=True)
+    padded = (padded + multiple - 1) // multiple * multiple
+    part_lengths, counts = padded.unique_consecutive(return_counts=True)
     parts = tokens.split(counts.tolist())
-    return [part[:, :length] for part, length in zip(parts, longest)]
+    return [part[:, :length] for part, length in zip(parts, part_lengths)]
 
 
 def attention(attn, x, sizes, masks):
@@ -288,8 +292,12 @@ def attention(attn, x, sizes, masks):
     return attn.out_proj(torch.cat(attended))
 
 
-def is_causal(tower):
-    """Is it CLIP's own transformer, whose feature depends on the tokens up to the end token?"""
+def is_plain(tower):
+    """Is it CLIP's own transformer, as encode_flat() computes it?
+
+    It is causal and pooled at the end token, so what comes after that changes nothing.
+    """
+    # A CLIP calls it text_pool_type, the tower of a CustomTextCLIP pool_type.
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", ""))
     if pool != "argmax" or tower.attn_mask is None or getattr(tower, "cls_emb", None) is not None:
         return False
@@ -298,7 +306,7 @@ def is_causal(tower):
     return plain and isinstance(tower.text_projection, torch.nn.Parameter)
 
 
-def trained(model):
+def trainable(model):
     """{name: parameter} of the parameters that train."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -308,8 +316,8 @@ def make_optimizer(model, lr, weight_decay):
 
     The paper gives neither betas nor eps: they are open_clip's. Only matrices decay, as there.
     """
-    matrices = [p for p in trained(model).values() if p.ndim >= 2]
-    others = [p for p in trained(model).values() if p.ndim < 2]  # gains, biases, logit scale
+    matrices = [p for p in trainable(model).values() if p.ndim >= 2]
+    others = [p for p in trainable(model).values() if p.ndim < 2]  # gains, biases, logit scale
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others}]
     return torch.optim.AdamW(
         groups, lr=lr, weight_decay=0, betas=(0.9, 0.98), eps=1e-6, fused=matrices[0].is_cuda
@@ -346,9 +354,9 @@ def train(encoder, optimizer, data, first_step, settings, args, log):
     """
     world = dist.get_world_size()
     logit_scale = encoder.clip.logit_scale
-    parameters = trained(encoder).values()
+    parameters = trainable(encoder).values()
     parallel = torch.nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)
-    order = batches(len(data.rows), args.batch_size, args.epochs, args.seed)
+    order = batches(len(data.usable), args.batch_size, args.epochs, args.seed)
     loader = load_in_workers(data.batch, list(order)[first_step:], min(args.workers, 4))
     bar = progress(loader, "training", data.steps, unit="step", initial=first_step)
     saved = time.monotonic()
@@ -411,7 +419,8 @@ def write_log(entries, loss, log):
 class Data:
     """What the steps need of the rows.
 
-    rows: the indices of the rows to train on. image_of: [all rows], the index of their image.
+    usable: the indices of the rows whose image can be read. tokens: [all rows, 3, 77]. features:
+    [images, D]. image_of: [all rows], the index of their image. steps: of the whole run.
     Raises InputError if too many images can't be read, or the rows are too few for one step.
     """
 
@@ -423,18 +432,18 @@ class Data:
         self.checksum = sha256(rows)
         self.kinds = kinds_of(args.loss)
         self.tokens = cache_tokens(rows, self.checksum, model, args)
-        self.rows = np.arange(len(rows))
+        self.usable = np.arange(len(rows))
         if "I" in self.kinds:
             self.features = cache_image_features(ids, model, args)
-            self.rows = np.flatnonzero(~np.isnan(self.features[self.image_of, 0]))
-        self.steps = args.epochs * (len(self.rows) // args.batch_size)
+            self.usable = np.flatnonzero(~np.isnan(self.features[self.image_of, 0]))
+        self.steps = args.epochs * (len(self.usable) // args.batch_size)
         if not self.steps:
-            raise InputError(f"--rows: {len(self.rows):,} rows to train on are fewer than "
+            raise InputError(f"--rows: {len(self.usable):,} rows to train on are fewer than "
                              f"--batch-size {args.batch_size}; give a smaller one")
 
     def batch(self, indices):
-        """Indices [n] in self.rows -> {kind: tokens [n, 77]}, image features [n, D] or None."""
-        rows = self.rows[indices]
+        """Indices [n] in self.usable -> {kind: tokens [n, 77]}, image features [n, D] or None."""
+        rows = self.usable[indices]
         texts = torch.from_numpy(self.tokens[rows].astype(np.int64)).unbind(1)
         tokens = {kind: text for kind, text in zip(TEXT_KEYS, texts) if kind in self.kinds}
         features = None
@@ -482,15 +491,16 @@ def cache_image_features(ids, model, args):
     name = "features-" + sha256([model.image_tower, str(root), ids])
     load = functools.partial(load_pixels, model, functools.partial(open_image, root))
     encode = functools.partial(encode_pixels, model)
-    # The error of TF32, 2e-7, is as small as that of fp16, in which the features are kept.
+    # TF32 turns a feature by a cosine of 1 - 2e-7, and fp16, in which it is kept, by 1 - 1e-7.
     torch.set_float32_matmul_precision("high")
     features = cached(name, ids, [model.config["embed_dim"]], np.float16, load, args, encode)
     torch.set_float32_matmul_precision("highest")
     bad = [ids[index] for index in np.flatnonzero(np.isnan(features[:, 0]))]
-    message = (f"--images {root}: {len(bad):,} of {len(ids):,} can't be read, {bad[:5]}; to try "
-               f"them again, delete {args.cache / name}.npy")
+    message = (f"--images {root}: {len(bad):,} of {len(ids):,} are missing or can't be read, "
+               f"{bad[:5]}; to try the same files again, delete {args.cache / name}.npy")
     if len(bad) > args.max_bad_images * len(ids):
-        raise InputError(f"{message}, or leave their rows out with a higher --max-bad-images")
+        raise InputError(f"{message}; to leave their rows out, give a higher --max-bad-images. Do "
+                         "the image_ids begin in this folder?")
     if bad and dist.get_rank() == 0:
         print(message)
     return features
@@ -502,7 +512,7 @@ BLOCK = 64  # items that are computed together, and kept as soon as they are
 def cached(name, items, shape, dtype, load, args, encode=torch.as_tensor):
     """The array [items, *shape] of encode(load(some items)), memory-mapped in a file of --cache.
 
-    name: holds a hash of all that the values depend on, so that a file that exists is right.
+    name: holds a hash of all that the values depend on, so a file of that name is never stale.
     load runs in --workers processes, encode in this one. The ranks of a machine share the work. A
     block counts as done when it is written: whenever they are killed, the same command goes on.
     """
@@ -566,7 +576,8 @@ def images_in(place):
                 found[member.name.removeprefix("./")] = functools.partial(tar.extractfile, member)
     for file in sorted(found):
         name = image_name(file)
-        found[name] = None if name in found else found[file]
+        if name:
+            found[name] = None if name in found else found[file]
     return found
 
 
@@ -577,16 +588,18 @@ def open_image(root, image_id):
     shard 00000.tar.
     """
     path = root / image_id
-    shard, _, key = image_id.partition("/")
-    in_shard = images_in(root / f"{shard}.tar").get(key)
-    opener = images_in(path.parent).get(path.name, in_shard)
-    if opener is None:
+    name = path.name
+    images = images_in(path.parent)
+    if name not in images:
+        shard, _, name = image_id.partition("/")
+        images = images_in(root / f"{shard}.tar")
+    if images.get(name) is None:
         raise FileNotFoundError(f"there is no {path}.*, or two")
-    return read_image(opener())
+    return read_image(images[name]())
 
 
 def read_image(file):
-    """The PIL image in a file. Raises ValueError for one that CLIP would see as another."""
+    """The PIL image in a file. Raises ValueError for one that preprocessing would spoil."""
     image = Image.open(file)
     if max(image.size) > 50 * min(image.size):
         raise ValueError("one side is more than 50 times as long as the other")
@@ -625,7 +638,10 @@ def encode_pixels(model, loaded):
 
 
 def load_in_workers(load, keys, workers):
-    """Yield load(key) for each of `keys`, made ahead in `workers` processes, pinned for a GPU."""
+    """Yield load(key) for each of `keys`, made ahead in `workers` processes, pinned for a GPU.
+
+    Without a batch_size DataLoader hands each key to its collate_fn, in one of the processes.
+    """
     return DataLoader(
         keys,
         batch_size=None,
@@ -817,6 +833,7 @@ def open_locked(path, wait=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+b")  # noqa: SIM115, for as long as the lock is wanted
     try:
+        # Not flock(), whose locks the loader's processes inherit, and keep after a kill.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if not wait:
@@ -829,13 +846,13 @@ def open_locked(path, wait=False):
 
 
 def save_state(encoder, optimizer, next_step, settings, output):
-    """Replace OUTPUT/state.pt by the state before `next_step`, as plain types. Rank 0 does it."""
+    """Replace OUTPUT/state.pt by the state before `next_step`. Rank 0 does it."""
     if dist.get_rank() > 0:
         return
     state = {
         "step": next_step,
         "settings": settings,
-        "weights": {name: p.detach() for name, p in trained(encoder).items()},
+        "weights": {name: p.detach() for name, p in trainable(encoder).items()},
         "optimizer": optimizer.state_dict(),
     }
     content = io.BytesIO()  # torch.save() would hide what a full disk says
@@ -849,7 +866,7 @@ def load_state(encoder, optimizer, settings, output, log):
     log.jsonl, which rank 0 has open as `log`, is cut to the steps before it. Raises InputError if
     this rank's settings are not those of the state, or else of rank 0.
     """
-    states = [{"step": 0, "settings": settings}]
+    states = [{"step": 0, "settings": settings}]  # a list, which the broadcast fills
     path = output / "state.pt"
     if dist.get_rank() == 0 and path.exists():
         with naming(path):
@@ -866,7 +883,8 @@ def load_state(encoder, optimizer, settings, output, log):
         optimizer.load_state_dict(state["optimizer"])
     if log:
         log.seek(0)
-        log.truncate(sum(map(len, itertools.islice(log, state["step"]))))
+        lines = itertools.islice(log, state["step"])
+        log.truncate(sum(map(len, lines)))
     return state["step"]
 
 
@@ -959,7 +977,8 @@ def read_jsonl(path, parse):
                 if line.strip():
                     yield parse(line)
         except Exception as error:  # noqa: BLE001, parsers raise all kinds
-            raise InputError(f"{path}:{number}: {one_line(error)}") from None
+            raise InputError(f"{path}:{number}: {one_line(error)}; a line is one object in JSON, "
+                             "such as generate.py writes") from None
 
 
 def find_files(patterns):
@@ -977,11 +996,14 @@ def write_file(path, content):
     """Replace a file by `content`, bytes; if it can't be written, the old one stays."""
     part = Path(f"{path}.part")
     with naming(path):
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_json(path, content):
@@ -1021,7 +1043,7 @@ def main():
     data = Data(model, args)
     settings = {
         "--rows": data.checksum,
-        "--images": sha256([data.rows.tobytes()]),  # those that can be read
+        "--images": sha256([data.usable.tobytes()]),  # those that can be read
         "--model": model.fingerprint,
     }
     for flag in ("loss", "batch_size", "epochs", "lr", "weight_decay", "precision", "seed"):
@@ -1043,7 +1065,7 @@ def main():
             "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
         }
         write_json(args.output / "config.json", record)
-        print(f"{len(data.rows):,} of {len(data.tokens):,} rows, steps {first_step:,} to "
+        print(f"{len(data.usable):,} of {len(data.tokens):,} rows, steps {first_step:,} to "
               f"{data.steps:,}", flush=True)
     train(encoder, optimizer, data, first_step, settings, args, log)
     if is_rank_0:

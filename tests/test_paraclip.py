@@ -62,7 +62,7 @@ class Examples:
         self.tokens = torch.stack([tokenizer(row[1:]) for row in rows])
         generator = torch.Generator().manual_seed(1)
         self.features = F.normalize(torch.randn(24, 32, generator=generator), dim=-1).half()
-        self.rows = np.arange(24)
+        self.usable = np.arange(24)
         self.steps = 3
 
     def batch(self, indices):
@@ -178,7 +178,7 @@ def test_other_towers_equal_the_naive_step(world, alone, tmp_path, tower):
     text_cfg = {**conftest.TINY["text_cfg"], **change}
     config = {**conftest.TINY, "custom_text": True, "text_cfg": text_cfg}
     encoder = check_one_step(conftest.make_clip(tmp_path / "clip", config), world, 7)
-    assert encoder.is_causal == causal
+    assert encoder.is_plain == causal
 
 
 @pytest.mark.parametrize("micro_batch", [0, 7])
@@ -203,7 +203,7 @@ def test_texts_that_share_a_tile_do_not_see_each_other(world, count, lengths):
     expected = F.normalize(clip.encode_text(tokens), dim=-1)
     assert (features - expected).abs().max() < 1e-12
     sorted_lengths, order = encoder.lengths(tokens).sort()
-    parts = paraclip.cut(tokens[order], sorted_lengths, step=2)  # as on a GPU
+    parts = paraclip.cut(tokens[order], sorted_lengths, multiple=2)  # as on a GPU
     features = F.normalize(encoder.encode_flat(parts), dim=-1)
     assert (features - expected[order]).abs().max() < 1e-12
     assert all(part.shape[1] % 2 == 0 or part.shape[1] == 77 for part in parts)
@@ -789,7 +789,7 @@ def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
     Image.new("RGB", (1, 1)).save(copy / "0003.jpg")
     arguments = flags(world, tmp_path / "run", images=copy, batch_size=70, workers=1)
     assert train(*arguments) == 2
-    words = f"--images {copy}: 5 of 80 can't be read, ['0007', '0013', '0017', '0019', '0023']"
+    words = f"--images {copy}: 5 of 80 are missing or can't be read, ['0007', '0013', '0017', '0019', '0023']"
     assert words in capfd.readouterr().err.splitlines()[-1]
     assert train(*arguments, "--max-bad-images", "0.07") is None
     out = capfd.readouterr().out
@@ -948,6 +948,7 @@ def test_a_full_disk_keeps_the_old_state(world, tmp_path):
     assert code == 2 and "Traceback" not in output, output
     assert re.search(r"state.pt: OSError: .*File too large", output), output
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 2
+    assert not list((tmp_path / "run").glob("*.part"))
     arguments = flags(world, tmp_path / "b")
     code, output = end(start(*arguments, code=f"import resource\n{limit}"))
     assert code == 2 and "Traceback" not in output, output

@@ -35,7 +35,7 @@ class Data(paraclip.Data):
     def batch(self, indices):
         tokens, _ = super().batch(indices)
         pixels = []
-        for row in self.rows[indices]:
+        for row in self.usable[indices]:
             image = self.model.preprocess(paraclip.open_image(self.images, self.ids[row]))
             pixels.append(self.model.normalize(image / 255))
         return tokens, torch.stack(pixels)
@@ -77,7 +77,7 @@ def main():
     visual = model.clip.visual.requires_grad_(True)
     image_optimizer = paraclip.make_optimizer(visual, own.image_lr, args.weight_decay)
 
-    order = list(batches(len(data.rows), args.batch_size, args.epochs, args.seed))
+    order = list(batches(len(data.usable), args.batch_size, args.epochs, args.seed))
     loader = paraclip.load_in_workers(data.batch, order, args.workers)
     bar = paraclip.progress(loader, "training both towers", data.steps, unit="step")
     for step, (tokens, pixels) in enumerate(bar):
