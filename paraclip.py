@@ -199,16 +199,15 @@ class TextEncoder(torch.nn.Module):
     def forward(self, tokens):
         """Tokens [n, 77] on the CPU -> text features [n, D], L2-normalised, and logit_scale.
 
-        The texts are sorted by length, so that hardly anything is computed for padding.
+        The texts are sorted and encoded by length, so that nothing is computed for padding.
         """
         logit_scale = self.clip.logit_scale
         lengths, order = self.lengths(tokens).sort()
         size = self.micro_batch or len(tokens)
-        multiple = 2 if logit_scale.is_cuda else 1  # a GPU prefers fewer, larger parts
         features = []
         for chunk, chunk_lengths in zip(tokens[order].split(size), lengths.split(size)):
             with torch.autocast(logit_scale.device.type, torch.bfloat16, enabled=self.bf16):
-                features.append(self.encode(cut(chunk, chunk_lengths, multiple)))
+                features.append(self.encode(cut(chunk, chunk_lengths)))
         features = torch.cat(features)[self.send(order.argsort())]  # in the order of `tokens`
         return F.normalize(features.to(logit_scale.dtype), dim=-1), logit_scale.exp()
 
@@ -239,55 +238,40 @@ class TextEncoder(torch.nn.Module):
         less time for few large products than for many small ones.
         """
         tower = self.tower
+        shapes = [part.shape for part in parts]
         tokens = torch.cat([part.flatten() for part in parts])
-        positions = torch.cat([torch.arange(part.shape[1]).repeat(len(part)) for part in parts])
-        starts = torch.where(positions == 0)[0]  # in the list, of each text
-        ends = starts + torch.cat([part.argmax(1) for part in parts])
-        sizes = [part.numel() for part in parts]
-        masks = [self.mask(*part.shape) for part in parts]
+        positions = torch.cat([torch.arange(length).repeat(m) for m, length in shapes])
+        lengths = torch.cat([torch.full((m,), length) for m, length in shapes])
+        ends = lengths.cumsum(0) - 1  # where each text's end token is in the list
 
         x = tower.token_embedding(self.send(tokens))
         x = x + F.embedding(self.send(positions), tower.positional_embedding)
         for block in tower.transformer.resblocks:
-            x = x + block.ls_1(attention(block.attn, block.ln_1(x), sizes, masks))
+            x = x + block.ls_1(attention(block.attn, block.ln_1(x), shapes, tower.attn_mask))
             x = x + block.ls_2(block.mlp(block.ln_2(x)))
         return tower.ln_final(x[self.send(ends)]) @ tower.text_projection
 
-    def mask(self, count, length):
-        """The attention mask [g L, g L] for g of a part's `count` texts, side by side.
 
-        It is the tower's own within a text, and -inf between two. A GPU's attention works in
-        tiles of 64 tokens, so short texts share one.
-        """
-        g = math.gcd(count, 2 ** max(0, int(math.log2(64 / length))))
-        weights = self.tower.attn_mask[:length, :length].exp()  # 1, or 0 where nothing is seen
-        mask = torch.block_diag(*[weights] * g).log()
-        return mask.to(torch.bfloat16 if self.bf16 else weights.dtype)
-
-
-def cut(tokens, lengths, multiple):
-    """Texts [n, 77], sorted by length -> parts [m, L], each of texts of about one length L.
-
-    Four texts, then four more and so on, are padded to one length that `multiple` divides. Those
-    of equal padded length are a part, so mask() can lay four short ones side by side.
-    """
-    padded = torch.cat([four[-1].expand(len(four)) for four in lengths.split(4)])
-    padded = (padded + multiple - 1) // multiple * multiple
-    part_lengths, counts = padded.unique_consecutive(return_counts=True)
+def cut(tokens, lengths):
+    """Texts [n, 77], sorted by length -> parts [m, L], each the m texts of one length L."""
+    part_lengths, counts = lengths.unique_consecutive(return_counts=True)
     parts = tokens.split(counts.tolist())
     return [part[:, :length] for part, length in zip(parts, part_lengths)]
 
 
-def attention(attn, x, sizes, masks):
-    """Causal self-attention within each text. x: [tokens, width], `sizes` of them in each part."""
+def attention(attn, x, shapes, mask):
+    """Causal self-attention within each text.
+
+    x: [tokens, width], those of parts of the shapes [m, L]; mask: [77, 77].
+    """
     qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    mask = mask.to(qkv.dtype)
     attended = []
-    for part, mask in zip(qkv.split(sizes), masks):
-        part = part.view(-1, len(mask), 3, attn.num_heads, attn.head_dim)
-        q, k, v = part.permute(2, 0, 3, 1, 4)  # each [groups, heads, g L, width / heads]
-        # The mask separates the texts of a group, too. Where each is alone, is_causal=True would
-        # do; but that is flash attention, three times slower on short texts.
-        out = F.scaled_dot_product_attention(q, k, v, mask)
+    for (m, length), part in zip(shapes, qkv.split([shape.numel() for shape in shapes])):
+        part = part.view(m, length, 3, attn.num_heads, attn.head_dim)
+        q, k, v = part.permute(2, 0, 3, 1, 4)  # each [m, heads, L, width / heads]
+        # is_causal=True would be flash attention, three times slower on short texts.
+        out = F.scaled_dot_product_attention(q, k, v, mask[:length, :length])
         attended.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
     return attn.out_proj(torch.cat(attended))
 
