@@ -345,23 +345,19 @@ def start_workers(endpoint, count):
 def captions_to_ask(flags, written):
     """The captions without a row, as lines of JSON: five million of them fit into memory.
 
-    written: the keys of the rows that this job has found. What earlier runs have passed by comes
-    last, since most of it failed: fifty old failures in a row would stop this run before it came
-    to a new caption.
+    written: the keys of the rows that are there. The order is random: what failed in an earlier
+    run would else stand together, and fifty old failures in a row would stop this run.
     """
     count = Counter()
     seen = set()
     todo = []
-    passed_by = 0
     for row in read_captions(flags.captions, count):
         key = key_of(row)
         if not flags.min_words <= len(row["caption"].split()) <= flags.max_words:
             count["left out by --min-words, --max-words"] += 1
         elif key not in seen:  # exact doubles count once
             seen.add(key)
-            if key in written:
-                passed_by = len(todo)
-            else:
+            if key not in written:
                 todo.append(line_of(row))
             if len(seen) == flags.limit:
                 break
@@ -369,7 +365,8 @@ def captions_to_ask(flags, written):
         raise InputError(f"{flags.captions}: no captions; {dict(count)}")
     left_out = "".join(f"; {number} {what}" for what, number in count.items())
     print(f"captions: {len(todo)} of {len(seen)} to do{left_out}", flush=True)
-    return todo[passed_by:] + todo[:passed_by]
+    random.shuffle(todo)
+    return todo
 
 
 def key_of(row):

@@ -65,6 +65,7 @@ def measure(title, server, process, seconds):
     before = count()
     began = time.monotonic()
     while count() == before:
+        assert process.poll() is None, f"{title}: it has ended; give more --rows"
         time.sleep(0.05)
     start_up = time.monotonic() - began
     time.sleep(3)  # until all workers are at it

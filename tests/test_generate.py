@@ -441,12 +441,9 @@ def test_fifty_failures_in_a_row_stop_the_job(tmp_path):
 
 
 def test_old_failures_do_not_stop_a_job_that_goes_on(tmp_path):
-    """Sixty captions fail for ever: what is new is asked for before them."""
+    """Sixty captions fail for ever: they are asked for among those that don't."""
     args = (*write_captions(tmp_path, 200), "--concurrency", 2)
-    row = dict(zip(ROW_KEYS, ("x/61", "a small dog number 61", "a dog", "a pooch")))
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    done = serve(tmp_path, lambda r: reword(r) if number_in(r) > 60 else "no\nno", *args, code=2)
-    assert "50 captions" in done.error
+    serve(tmp_path, lambda r: reword(r) if number_in(r) > 60 else "no\nno", *args, code=1)
     assert numbers(tmp_path / "rows.jsonl") == list(range(61, 201))
 
 
@@ -588,8 +585,12 @@ def test_ctrl_c(tmp_path):
     def listen():  # also where pytest runs behind a shell's "&"
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    fast = set()
+
     def slow(request):
-        return Reply(reword(request).content, delay=0 if number_in(request) <= 5 else 300)
+        if len(fast) < 5:
+            fast.add(number_in(request))
+        return Reply(reword(request).content, delay=0 if number_in(request) in fast else 300)
 
     args = write_captions(tmp_path, 100)
     for answer, calls in ((slow, 10 + 64), (lambda r: error(429, Retry_After=60), 1)):
@@ -603,7 +604,7 @@ def test_ctrl_c(tmp_path):
         assert process.returncode == 130
         assert "Traceback" not in err
         assert re.split(r"[\r\n]", err.rstrip())[-1].startswith("stopped: ")
-        assert numbers(tmp_path / "rows.jsonl") == [1, 2, 3, 4, 5]
+        assert numbers(tmp_path / "rows.jsonl") == sorted(fast)
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
