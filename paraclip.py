@@ -241,8 +241,7 @@ class TextEncoder(torch.nn.Module):
         shapes = [part.shape for part in parts]
         tokens = torch.cat([part.flatten() for part in parts])
         positions = torch.cat([torch.arange(length).repeat(m) for m, length in shapes])
-        lengths = torch.cat([torch.full((m,), length) for m, length in shapes])
-        ends = lengths.cumsum(0) - 1  # where each text's end token is in the list
+        ends = torch.where(positions.roll(-1) == 0)[0]  # the next token begins a text
 
         x = tower.token_embedding(self.send(tokens))
         x = x + F.embedding(self.send(positions), tower.positional_embedding)
