@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import unfrozen
 from conftest import ROOT
 from flickr8k import TABLE_2
 from PIL import Image
@@ -884,6 +885,43 @@ def test_a_full_disk_keeps_the_old_state(world, tmp_path, monkeypatch):
     assert re.search(r"tokens-\w+.npy: OSError: .*to file", output), output
     monkeypatch.undo()
     assert train(*arguments, "--batch-size", "40") is None
+
+
+# ------------------------------------------------------------------ unfrozen.py, the fork
+
+
+def test_one_step_has_the_naive_gradients_in_both_towers(world, alone, monkeypatch):
+    """In chunks of images, which backward encodes again, and of texts cut to their length."""
+    monkeypatch.setattr(unfrozen, "IMAGES_AT_ONCE", 5)
+    clips = []
+    for _ in range(2):
+        model = paraclip.load_model(f"local-dir:{world}/clip")
+        model.clip.visual.requires_grad_(True)
+        clips.append(model.clip.double())
+    clip, naive = clips
+    data = unfrozen.Data(model, paraclip.parse_args(flags(world, world / "run")))
+    tokens, pixels = data.batch(np.arange(12))
+    loss = unfrozen.total_loss(paraclip.TextEncoder(clip), tokens, pixels, PARACLIP)
+    loss.backward()
+    image_features = naive.encode_image(pixels.double(), normalize=True)
+    expected = sum(naive_terms(naive, tokens, image_features, PARACLIP).values())
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert any("visual" in name for name in gradients(naive))
+    assert difference(gradients(clip), gradients(naive)) < 1e-5
+
+
+def test_a_run_moves_both_towers(world, tmp_path):
+    """Its output is a model that open_clip and evaluate.py read."""
+    arguments = flags(world, tmp_path / "run", batch_size=40, image_lr=1e-3)
+    command = [sys.executable, ROOT / "tests" / "unfrozen.py", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before = weights_of(world / "clip")
+    after = weights_of(tmp_path / "run")
+    for key, tensor in before.items():
+        assert not torch.equal(tensor, after[key])
+    assert paraclip.load_model(f"{tmp_path}/run")
 
 
 if __name__ == "__main__":  # a rank of test_two_ranks_equal_the_naive_step
