@@ -97,19 +97,20 @@ def alone():
     dist.destroy_process_group()
 
 
-def check_one_step(name, world, micro_batch=0, dtype=torch.float64, bound=1e-10):
+def check_one_step(name, world, micro_batch=0, dtype=torch.float64, bound=1e-10, loss=PARACLIP,
+                   images="images"):
     """Terms and all gradients of 24 rows equal the naive ones, on any number of ranks."""
     model = paraclip.load_model(name)
-    data = data_of(model, world)
+    data = data_of(model, world, loss=loss, images=images and world / images)
     naive = paraclip.load_model(name).clip.to(dtype)
     batch = np.random.default_rng([0, 0]).permutation(80)[:24]
-    expected = naive_terms(naive, *data.batch(batch), PARACLIP)
+    expected = naive_terms(naive, *data.batch(batch), loss)
     sum(expected.values()).backward()
 
     encoder = paraclip.TextEncoder(model.clip.to(dtype), micro_batch)
     parallel = torch.nn.parallel.DistributedDataParallel(encoder)
     part = next(paraclip.batches(80, batch_size=24, epochs=1, seed=0))
-    terms = paraclip.loss_terms(parallel, *data.batch(part), PARACLIP)
+    terms = paraclip.loss_terms(parallel, *data.batch(part), loss)
     (dist.get_world_size() * sum(terms.values())).backward()
     for share in terms.values():
         dist.all_reduce(share.detach())  # to the sum of the shares, in place
@@ -123,13 +124,9 @@ def check_one_step(name, world, micro_batch=0, dtype=torch.float64, bound=1e-10)
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--standalone", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 # ------------------------------------------------------------------ one step
@@ -139,6 +136,12 @@ def torchrun(*arguments):
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_one_step_equals_the_naive_one(world, alone, micro_batch, dtype, bound):
     check_one_step(f"local-dir:{world}/clip", world, micro_batch, dtype, bound)
+
+
+@pytest.mark.parametrize("loss", TABLE_2)
+def test_the_losses_of_table_2_equal_the_naive_ones(world, alone, loss):
+    images = "images" if "I" in loss else None  # L2 + L3 needs none
+    check_one_step(f"local-dir:{world}/clip", world, loss=loss.split(), images=images)
 
 
 TEXT_TOWERS = {  # what text_cfg changes, and whether the tower is CLIP's causal one
@@ -172,22 +175,9 @@ def test_two_ranks_equal_the_naive_step(world):
     assert process.wait(120) == 0, process.stdout.read()
 
 
-def test_batches_are_the_same_for_any_number_of_ranks(monkeypatch):
-    steps = {}
-    for ranks in (1, 2, 3):
-        monkeypatch.setattr(dist, "get_world_size", lambda ranks=ranks: ranks)
-        parts = []
-        for rank in range(ranks):
-            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-            parts.append(list(paraclip.batches(40, batch_size=12, epochs=2, seed=3)))
-        steps[ranks] = np.concatenate(parts, axis=1).tolist()
-    assert steps[1] == steps[2] == steps[3]
-    epochs = np.array(steps[1]).reshape(2, 36)
-    assert [len(set(epoch)) for epoch in epochs] == [36, 36] and (epochs[0] != epochs[1]).any()
-
-
-def test_three_steps_of_adamw_equal_a_naive_loop(world, alone, tmp_path):
-    more = {"batch_size": 24, "weight_decay": 0.1, "save_every": 2}
+def test_two_epochs_of_adamw_equal_a_naive_loop(world, alone, tmp_path):
+    """Each is another permutation of the 80 rows, and its last 8 are left out."""
+    more = {"batch_size": 24, "epochs": 2, "weight_decay": 0.1, "save_every": 2}
     args = paraclip.parse_args(flags(world, tmp_path, **more))
     model = paraclip.load_model(f"local-dir:{world}/clip")
     data = paraclip.Data(model, args)
@@ -201,20 +191,17 @@ def test_three_steps_of_adamw_equal_a_naive_loop(world, alone, tmp_path):
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1}
     others = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0}
     optimizer = torch.optim.AdamW([matrices, others], lr=1e-3, betas=(0.9, 0.98), eps=1e-6)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
-    order = np.random.default_rng([0, 0]).permutation(80)
-    losses = []
-    for step in range(3):
-        tokens, image_features = data.batch(order[step * 24 : step * 24 + 24])
-        loss = sum(naive_terms(naive, tokens, image_features, PARACLIP).values())
-        losses.append(loss.item())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
+    orders = [np.random.default_rng([0, epoch]).permutation(80)[:72] for epoch in range(2)]
+    log = log_of(tmp_path)
+    for entry, batch in zip(log, np.split(np.concatenate(orders), 6), strict=True):
+        terms = naive_terms(naive, *data.batch(batch), PARACLIP)
+        assert entry["terms"] == pytest.approx(values_of(terms), rel=1e-9)
+        assert entry["lr"] == pytest.approx(schedule.get_last_lr()[0])
         optimizer.zero_grad()
-        loss.backward()
+        sum(terms.values()).backward()
         optimizer.step()
         schedule.step()
-    log = log_of(tmp_path)
-    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-9)
-    assert [entry["lr"] for entry in log] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
     assert difference(dict(model.clip.state_dict()), dict(naive.state_dict())) < 1e-8
 
 
@@ -299,10 +286,6 @@ def weights_of(folder):
     return load_file(folder / "open_clip_model.safetensors")
 
 
-def equal(one, other):
-    return all(torch.equal(one[key], other[key]) for key in one)
-
-
 @pytest.fixture(scope="module")
 def unbroken(world, tmp_path_factory):
     """A run of 40 steps that nothing stopped, in its own process."""
@@ -314,23 +297,6 @@ def unbroken(world, tmp_path_factory):
     return folder, output
 
 
-def test_a_run_learns_and_leaves_the_image_tower_alone(world, unbroken):
-    folder, output = unbroken
-    log = log_of(folder)
-    before = weights_of(world / "clip")
-    after = weights_of(folder)
-    assert [entry["step"] for entry in log] == list(range(40))
-    losses = [entry["loss"] for entry in log]
-    assert np.mean(losses[30:]) < np.mean(losses[:10])
-    assert list(log[0]) == ["step", "loss", "terms", "lr", "logit_scale", "grad_norm"]
-    assert log[0]["loss"] == pytest.approx(sum(log[0]["terms"].values()))
-    assert list(log[0]["terms"]) == ["I:T2", "T:T1", "T1:T2"]
-    assert log[0]["logit_scale"] == pytest.approx(1 / 0.07)  # before the step's update
-    for key in before:
-        assert torch.equal(before[key], after[key]) == key.startswith("visual.")
-    assert "80 of 80 rows, steps 0 to 40" in output
-
-
 def same_in_open_clip(folder):
     """The run directory as open_clip loads it gives the text features that load_model gives."""
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a red dog", "blue"])
@@ -340,8 +306,23 @@ def same_in_open_clip(folder):
     assert len(set(tokens[0].tolist())) > 4
 
 
-def test_the_run_directory_is_an_open_clip_model(world, unbroken):
-    folder, _ = unbroken
+def test_a_run_learns_and_its_directory_is_an_open_clip_model(world, unbroken):
+    """Whose image tower is the base model's."""
+    folder, output = unbroken
+    assert "80 of 80 rows, steps 0 to 40" in output
+    log = log_of(folder)
+    losses = [entry["loss"] for entry in log]
+    assert np.mean(losses[30:]) < np.mean(losses[:10])
+    assert [entry["step"] for entry in log] == list(range(40))
+    assert list(log[0]) == ["step", "loss", "terms", "lr", "logit_scale", "grad_norm"]
+    assert log[0]["loss"] == pytest.approx(sum(log[0]["terms"].values()))
+    assert list(log[0]["terms"]) == ["I:T2", "T:T1", "T1:T2"]
+    assert log[0]["logit_scale"] == pytest.approx(1 / 0.07)  # before the step's update
+    before = weights_of(world / "clip")
+    after = weights_of(folder)
+    for key in before:
+        assert torch.equal(before[key], after[key]) == key.startswith("visual.")
+
     same_in_open_clip(folder)
     record = json.loads((folder / "config.json").read_text())
     base = paraclip.load_model(f"local-dir:{world}/clip")
@@ -400,7 +381,7 @@ def test_killed_and_started_again_is_bit_equal(world, unbroken, slow, tmp_path):
     assert output.count("a block is encoded") == 20 - done
     code, output = end(start(*arguments))
     assert code == 0 and "steps 2" in output and "a block" not in output, output
-    assert equal(weights_of(unbroken[0]), weights_of(tmp_path / "run"))
+    assert difference(weights_of(tmp_path / "run"), weights_of(unbroken[0])) == 0
     assert log_of(tmp_path / "run") == log_of(unbroken[0])
 
 
@@ -417,22 +398,6 @@ def test_torchrun_is_killed_and_goes_on(world, unbroken, tmp_path):
     assert process.returncode == 0 and "steps 0 to" not in output, output
     losses = [entry["loss"] for entry in log_of(tmp_path / "run")]
     assert losses == pytest.approx([entry["loss"] for entry in log_of(unbroken[0])], rel=1e-4)
-
-
-@pytest.mark.parametrize("terms", TABLE_2)
-def test_the_losses_of_table_2(world, tmp_path, terms):
-    loss = terms.split()
-    images = world / "images" if "I" in terms else None  # L2 + L3 needs none
-    arguments = flags(world, tmp_path / "run", loss=loss, batch_size=40, images=images)
-    assert train(*arguments) is None
-    paraclip.set_up_ranks()
-    model = paraclip.load_model(f"local-dir:{world}/clip")
-    data = paraclip.Data(model, paraclip.parse_args(arguments))
-    dist.destroy_process_group()
-    tokens, image_features = data.batch(np.random.default_rng([0, 0]).permutation(80)[:40])
-    expected = naive_terms(model.clip, tokens, image_features, loss)
-    found = log_of(tmp_path / "run")[0]["terms"]
-    assert found == pytest.approx(values_of(expected), rel=1e-5)
 
 
 # ------------------------------------------------------------------ several processes
@@ -480,8 +445,13 @@ def test_ranks_that_disagree_end_with_a_line(world, tmp_path, monkeypatch, chang
     assert not log_of(tmp_path / "run")
 
 
-def test_what_another_job_left_in_the_environment(world, tmp_path, monkeypatch):
-    """WORLD_SIZE without RANK is one process (once a silent hang)."""
+def test_no_locks_and_what_another_job_left_in_the_environment(world, tmp_path, monkeypatch):
+    """WORLD_SIZE without RANK is one process (once a hang); a disk without locks is no error."""
+
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(paraclip.fcntl, "lockf", no_locks)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "4")
     assert train(*flags(world, tmp_path / "run", batch_size=40)) is None
@@ -513,14 +483,6 @@ def test_a_second_process_in_one_output_ends_with_a_line(world, slow, tmp_path, 
     assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["lr"] == 1e-3
 
 
-def test_a_disk_without_locks_is_no_error(world, tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(paraclip.fcntl, "lockf", no_locks)
-    assert train(*flags(world, tmp_path / "run", batch_size=40)) is None
-
-
 def test_two_runs_fill_one_cache_at_once(world, unbroken, slow, tmp_path):
     """The second waits, and finds it done. Both end as one alone does."""
     processes = []
@@ -536,15 +498,17 @@ def test_two_runs_fill_one_cache_at_once(world, unbroken, slow, tmp_path):
     assert f"waiting for the process that has locked {tmp_path}/cache/lock" in outputs[1]
     assert "a block" in outputs[0] and "a block" not in outputs[1]
     for name in ("a", "b"):
-        assert equal(weights_of(tmp_path / name), weights_of(unbroken[0]))
+        assert difference(weights_of(tmp_path / name), weights_of(unbroken[0])) == 0
 
 
 # ------------------------------------------------------------------ models
 
 
-def test_a_roberta_run_directory_loads_in_open_clip(world, tmp_path):
+def test_a_roberta_run_without_images_loads_in_open_clip(world, tmp_path):
     name = conftest.make_roberta(tmp_path)
-    assert train(*flags(world, tmp_path / "run", model=name, batch_size=40)) is None
+    loss = ["T:T1", "T1:T2"]
+    arguments = flags(world, tmp_path / "run", model=name, batch_size=40, images=None, loss=loss)
+    assert train(*arguments) is None
     same_in_open_clip(tmp_path / "run")
 
 
@@ -576,7 +540,7 @@ def test_checkpoint_files(tiny, monkeypatch):
         expected = weights
         if "openai" in name:
             expected = {key: tensor.half().float() for key, tensor in weights.items()}
-        assert found.keys() == weights.keys() and equal(found, expected), name
+        assert difference(found, expected) == 0, name
 
 
 def test_files_of_another_model_are_one_line(tiny):
@@ -589,8 +553,9 @@ def test_files_of_another_model_are_one_line(tiny):
     torch.save(others, "others.pt")
     with pytest.raises(InputError) as error:
         paraclip.load_model("tiny:others.pt")
-    assert re.search('Missing key.* "positional_embedding", .*Unexpected.* "avisual', str(error.value))
-    assert "\n" not in str(error.value)
+    said = str(error.value)
+    assert re.search('Missing key.* "positional_embedding", .*Unexpected.* "avisual', said)
+    assert "\n" not in said
     torch.save({"state_dict": weights, "args": os.system}, "evil.pt")
     with pytest.raises(InputError, match="FILE.: UnpicklingError"):
         paraclip.load_model("tiny:evil.pt")
@@ -609,7 +574,7 @@ def test_the_five_baselines_and_folders(world, tmp_path, monkeypatch):
     weights = weights_of(tmp_path / "openai")
     torch.save(weights, "openai/open_clip_pytorch_model.bin")
     os.remove("openai/open_clip_model.safetensors")
-    assert equal(paraclip.load_model("./openai").clip.state_dict(), weights)
+    assert difference(paraclip.load_model("./openai").clip.state_dict(), weights) == 0
     config = {**conftest.TINY, "init_logit_bias": -10}
     with pytest.raises(InputError, match="no CLIP with two towers and a softmax loss"):
         paraclip.load_model(conftest.make_clip(tmp_path / "siglip", config))
@@ -692,8 +657,8 @@ def test_files_below_a_folder_and_members_of_shards(world, tmp_path):
     for name in ("in/e.gif", "in/f.Bmp", "in/g.webp", "in/h.avif", "in/i.tiff"):
         Image.open(io.BytesIO(jpeg)).save(tmp_path / name.lower())
         (tmp_path / name.lower()).rename(tmp_path / name)
-    good = ["00000/0", "00000/22.05", "00000/9.jpg", "00000/b/c/7", "00001/0", "in/a.b", "in/c", "in/two.png"]
-    good += ["in/e", "in/f", "in/g", "in/h", "in/i", "whole", "whole.jfif"]
+    good = ["00000/0", "00000/22.05", "00000/9.jpg", "00000/b/c/7", "00001/0", "in/two.png",
+            "in/a.b", "in/c", "in/e", "in/f", "in/g", "in/h", "in/i", "whole", "whole.jfif"]
     for image_id in good:
         assert paraclip.open_image(tmp_path, image_id).size == (40, 40), image_id
     for image_id in ("00001/9", "in/two", "in/d", "in/none", "none/0", "00000/0.txt"):
@@ -718,7 +683,8 @@ def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
     Image.new("RGB", (1, 1)).save(copy / "0003.jpg")
     arguments = flags(world, tmp_path / "run", images=copy, batch_size=70, workers=1)
     assert train(*arguments) == 2
-    words = f"--images {copy}: 5 of 80 are missing or can't be read, ['0007', '0013', '0017', '0019', '0023']"
+    words = (f"--images {copy}: 5 of 80 are missing or can't be read, "
+             "['0007', '0013', '0017', '0019', '0023']")
     assert words in capfd.readouterr().err.splitlines()[-1]
     assert train(*arguments, "--max-bad-images", "0.07") is None
     out = capfd.readouterr().out
@@ -729,8 +695,8 @@ def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
     os.remove(name)
     assert train(*arguments, "--max-bad-images", "0.07") == 2
     assert "--images: " in capfd.readouterr().err
-    more = ["--max-bad-images", "0.07", "--output", str(tmp_path / "b"), "--cache", str(copy.parent)]
-    assert train(*arguments, *more) is None
+    again = flags(world, tmp_path / "b", images=copy, batch_size=70, cache=tmp_path)
+    assert train(*again, "--max-bad-images", "0.07") is None
     assert "77 of 80 rows" in capfd.readouterr().out
 
 
@@ -764,13 +730,13 @@ BAD_FLAGS = [
     ({"model": "clip"}, "model clip: it is none of openai, openclip-400m"),
     ({"model": "ViT-B-32:laion3b"}, "'laion3b' is not a known tag or"),
     ({"loss": ["I:T3"]}, "--loss: invalid choice: 'I:T3'"),
-    ({"lrate": 1}, "unrecognized arguments: --lrate 1"),
 ]
 
 
 def check_refused(arguments, message, capfd):
     assert train(*arguments) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line and "%" not in line]  # no bars
+    lines = capfd.readouterr().err.splitlines()
+    lines = [line for line in lines if line and "%" not in line]  # no bars
     assert message in lines[-1] and lines[-1].startswith("paraclip.py: error: "), lines
     assert len(lines) == 1 or lines[0].startswith("usage: "), lines
 
@@ -789,13 +755,11 @@ def test_bad_flags(world, tmp_path, monkeypatch, capfd, change, message):
         assert not os.listdir(tmp_path)  # a start that fails leaves no folder
 
 
-def test_odd_but_good_rows(world, tmp_path):
+def test_odd_but_good_rows(alone, tmp_path):
     """A BOM, blank lines, half an emoji; and a file that two patterns name is read once."""
     row = {"image_id": "x", "caption": chr(0xD83D), "paraphrase_1": "b", "paraphrase_2": "c"}
     (tmp_path / "rows.jsonl").write_text(f"\ufeff{json.dumps(row)}\r\n\n{json.dumps(row)}\n\n")
-    paraclip.set_up_ranks()
     rows = paraclip.read_rows([f"{tmp_path}/rows.jsonl", f"{tmp_path}/row*.jsonl"])
-    dist.destroy_process_group()
     assert rows == 2 * [["x", "?", "b", "c"]]
 
 
@@ -849,8 +813,8 @@ def test_a_full_gpu_is_one_line(world, tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(paraclip, "loss_terms", fail)
     assert train(*flags(world, tmp_path / "run")) == 2
-    error = capfd.readouterr().err
-    assert "CUDA out of memory. Tried to allocate 20 GiB; in paraclip.py a --micro-batch needs less" in error
+    words = "out of memory. Tried to allocate 20 GiB; in paraclip.py a --micro-batch needs less"
+    assert words in capfd.readouterr().err
     assert not dist.is_initialized()
 
 
