@@ -274,7 +274,9 @@ def test_features_are_open_clips(data, models, monkeypatch):
         expected = open_clip.build_zero_shot_classifier(clip, tokenizer, classes, templates)
         assert torch.allclose(evaluate.zero_shot_weights(encoders).float(), expected.T, atol=2e-6)
 
+        expected = clip.encode_text(tokenizer(["a new dog"]), normalize=True)[0]
     first, second, _ = encoders.texts(["a new dog", "a new dog", texts[0]])
+    assert torch.allclose(first.float(), expected, atol=2e-6)  # encoded alone
     assert torch.equal(first, second)  # so that VG's equal captions tie
     assert len(encoded) == len(set(encoded)) == len(texts) + 7 * 9 + 1
 

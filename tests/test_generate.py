@@ -274,18 +274,16 @@ TIDY = {  # what the LLM says: the answer in it
 }  # fmt: skip
 SOURCE = "a red dog runs"
 BAD_ANSWERS = [
-    "", "...", "two\nlines", "a red\u2028dog", "A red dog runs!", "A RED dog - runs", "<think>hm",
-    "**Bold** hound", "A hound <|im_end|>", "[INST] a hound", "A hound\ufffd", "A_hound_runs",
-    "I'm sorry, but I can't help with that.", "I’m sorry", "As an AI language model, I can't",
-    "I cannot assist with that", "Sorry, can't do", "My apologies for that",
-    "Could you please provide the caption?", "There is no caption given.", "Needs more context",
-    "The text you want paraphrased is missing.", "Unable to rephrase, as it is explicit",
-    "A hound that " + "runs and " * 20 + "runs",
+    "...", "two\nlines", "a red\u2028dog", "A RED dog - runs!", "<think>hm", "**Bold** hound",
+    "A hound <|im_end|>", "[INST] a hound", "A hound\ufffd", "A_hound_runs", "I’m sorry",
+    "As an AI language model, I can't", "Sorry, can't do", "My apologies for that",
+    "There is no caption given.", "Needs more context", "The text you want paraphrased is missing.",
+    "Unable to rephrase, as it is explicit", "A hound that " + "runs and " * 20 + "runs",
     # as people marked them in real answers
     "Output: A hound sprints", "1. A hound sprints 2. A crimson pooch", "- A hound", "• A hound",
     "A hound sprints (Note: shortened)", "A hound sprints (3 words)", "A hound/pooch sprints",
-    "the given text is: A hound", "Paraphrase: A hound", "A hound sprints. Собака бежит",
-    "A hound 红狗", "A hound; a pooch", "# A hound", "A hound\x1b[31m",
+    "the given text is: A hound", "A hound sprints. Собака бежит", "A hound 红狗", "A hound; a pooch",
+    "# A hound", "A hound\x1b[31m",
 ]  # fmt: skip
 GOOD_ANSWERS = {  # of their sources
     "A crimson hound sprints": SOURCE, "An iPad dog": SOURCE, "A dog & co., $5!": SOURCE,
