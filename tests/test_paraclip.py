@@ -238,6 +238,15 @@ def train(*arguments):
             return stop.code
 
 
+def check_refused(capfd, message, *arguments):
+    """They end with code 2 and one line, which holds the message."""
+    assert train(*arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    lines = [line for line in lines if line and "%" not in line]  # no bars
+    assert message in lines[-1] and lines[-1].startswith("paraclip.py: error: "), lines
+    assert len(lines) == 1 or lines[0].startswith("usage: "), lines
+
+
 def start(*arguments, **environment):
     """paraclip.py in a fork of this process, with what is patched here, on one thread."""
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115, end() reads it
@@ -470,35 +479,26 @@ def test_a_scheduler_may_show_each_rank_one_gpu(monkeypatch, visible, expected):
     assert str(paraclip.set_up_ranks()) == expected == str(devices[0])
 
 
-def test_a_second_process_in_one_output_ends_with_a_line(world, slow, tmp_path, capfd):
-    """srun without torchrun: once both ended well, with the weights of one of them."""
-    arguments = flags(world, tmp_path / "run", epochs=4)
-    process = start(*arguments)
-    wait_for(lambda: blocks_done(tmp_path / "run" / "cache") >= 1, process.is_alive)
-    assert train(*arguments, "--lr", "1") == 2
-    message = f"paraclip.py: error: another process writes to {tmp_path}/run/log.jsonl"
-    assert capfd.readouterr().err.splitlines()[-1].startswith(message)
-    code, output = end(process)
-    assert code == 0, output
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["lr"] == 1e-3
+def test_two_runs_at_once(world, unbroken, slow, tmp_path, capfd):
+    """Over one cache the second waits, and finds it done. In one output it ends with a line.
 
-
-def test_two_runs_fill_one_cache_at_once(world, unbroken, slow, tmp_path):
-    """The second waits, and finds it done. Both end as one alone does."""
+    Once, by srun without torchrun, both ended well in one output, with the weights of one of them.
+    """
     processes = []
     for name in ("a", "b"):
         arguments = flags(world, tmp_path / name, cache=tmp_path / "cache", epochs=4)
         processes.append(start(*arguments))
         wait_for(lambda: blocks_done(tmp_path / "cache") >= 1, processes[-1].is_alive)
-    outputs = []
-    for process in processes:
-        code, output = end(process)
+    message = f"another process writes to {tmp_path}/a/log.jsonl"
+    check_refused(capfd, message, *flags(world, tmp_path / "a", lr=1))
+    results = [end(process) for process in processes]
+    for name, (code, output) in zip("ab", results):
         assert code == 0, output
-        outputs.append(output)
+        assert difference(weights_of(tmp_path / name), weights_of(unbroken[0])) == 0
+    outputs = [output for _, output in results]
     assert f"waiting for the process that has locked {tmp_path}/cache/lock" in outputs[1]
     assert "a block" in outputs[0] and "a block" not in outputs[1]
-    for name in ("a", "b"):
-        assert difference(weights_of(tmp_path / name), weights_of(unbroken[0])) == 0
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["flags"]["lr"] == 1e-3
 
 
 # ------------------------------------------------------------------ models
@@ -682,10 +682,9 @@ def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
     Image.new("CMYK", (9, 9)).save(copy / "0001.jpg")
     Image.new("RGB", (1, 1)).save(copy / "0003.jpg")
     arguments = flags(world, tmp_path / "run", images=copy, batch_size=70, workers=1)
-    assert train(*arguments) == 2
     words = (f"--images {copy}: 5 of 80 are missing or can't be read, "
              "['0007', '0013', '0017', '0019', '0023']")
-    assert words in capfd.readouterr().err.splitlines()[-1]
+    check_refused(capfd, words, *arguments)
     assert train(*arguments, "--max-bad-images", "0.07") is None
     out = capfd.readouterr().out
     assert words in out and "75 of 80 rows, steps 0 to 1" in out
@@ -693,8 +692,7 @@ def test_unreadable_images_are_left_out_with_their_rows(world, tmp_path, capfd):
     for key in ("0007", "0013"):  # they can be read now, and counted as such if one wishes
         shutil.copy(world / "images" / f"{key}.jpg", copy)
     os.remove(name)
-    assert train(*arguments, "--max-bad-images", "0.07") == 2
-    assert "--images: " in capfd.readouterr().err
+    check_refused(capfd, "--images: ", *arguments, "--max-bad-images", "0.07")
     again = flags(world, tmp_path / "b", images=copy, batch_size=70, cache=tmp_path)
     assert train(*again, "--max-bad-images", "0.07") is None
     assert "77 of 80 rows" in capfd.readouterr().out
@@ -733,24 +731,16 @@ BAD_FLAGS = [
 ]
 
 
-def check_refused(arguments, message, capfd):
-    assert train(*arguments) == 2
-    lines = capfd.readouterr().err.splitlines()
-    lines = [line for line in lines if line and "%" not in line]  # no bars
-    assert message in lines[-1] and lines[-1].startswith("paraclip.py: error: "), lines
-    assert len(lines) == 1 or lines[0].startswith("usage: "), lines
-
-
 @pytest.mark.parametrize("change, message", BAD_ROWS)
 def test_bad_rows(world, tmp_path, capfd, change, message):
     rows = rows_with(world, tmp_path, change)
-    check_refused(flags(world, tmp_path / "run", rows=rows), message, capfd)
+    check_refused(capfd, message, *flags(world, tmp_path / "run", rows=rows))
 
 
 @pytest.mark.parametrize("change, message", BAD_FLAGS)
 def test_bad_flags(world, tmp_path, monkeypatch, capfd, change, message):
     monkeypatch.chdir(tmp_path)
-    check_refused(flags(world, tmp_path / "run", **change), message, capfd)
+    check_refused(capfd, message, *flags(world, tmp_path / "run", **change))
     if "batch_size" not in change:
         assert not os.listdir(tmp_path)  # a start that fails leaves no folder
 
@@ -771,8 +761,7 @@ def test_other_flags_rows_or_model_on_resume_are_refused(world, tmp_path, capfd)
     model = conftest.make_clip(tmp_path / "other", seed=2)
     cases = {"--lr": "0.5", "--seed": "3", "--rows": rows, "--model": model, "--loss": "I:T"}
     for flag, value in cases.items():
-        assert train(*arguments, flag, value) == 2
-        assert f"error: {flag}: " in capfd.readouterr().err
+        check_refused(capfd, f"error: {flag}: ", *arguments, flag, value)
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
     shutil.copy(world / "rows.jsonl", tmp_path / "same.jsonl")  # these flags change no result
     more = ["--workers", "1", "--save-every", "3", "--rows", str(tmp_path / "same.jsonl")]
@@ -784,24 +773,22 @@ def test_damaged_files_and_foreign_models_are_one_line(world, tmp_path, capfd):
     assert train(*arguments) is None
     path = tmp_path / "run" / "state.pt"
     path.write_bytes(path.read_bytes()[:100])
-    assert train(*arguments) == 2
-    assert f"paraclip.py: error: {path}: " in capfd.readouterr().err.splitlines()[-1]
+    check_refused(capfd, f"paraclip.py: error: {path}: ", *arguments)
     base = tmp_path / "base"
     conftest.make_clip(base)
     before = (base / "open_clip_model.safetensors").read_bytes()
-    assert train(*flags(world, base, model=base, batch_size=40)) == 2
-    assert "it holds a model, and no run to go on with" in capfd.readouterr().err
+    words = "it holds a model, and no run to go on with"
+    check_refused(capfd, words, *flags(world, base, model=base, batch_size=40))
     assert (base / "open_clip_model.safetensors").read_bytes() == before
     assert len(list(base.iterdir())) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(world, tmp_path, capfd):
     """No state is saved before the losses that led to it are known to be finite."""
-    assert train(*flags(world, tmp_path / "run", lr="1e30")) == 2
-    assert "step 1: the loss" in capfd.readouterr().err
+    check_refused(capfd, "step 1: the loss", *flags(world, tmp_path / "run", lr="1e30"))
     assert len(log_of(tmp_path / "run")) == 1
-    assert train(*flags(world, tmp_path / "run", lr="2e30", save_every=1)) == 2
-    assert "step 1: the loss" in capfd.readouterr().err
+    arguments = flags(world, tmp_path / "run", lr="2e30", save_every=1)
+    check_refused(capfd, "step 1: the loss", *arguments)
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 1
 
 
@@ -812,9 +799,8 @@ def test_a_full_gpu_is_one_line(world, tmp_path, monkeypatch, capfd):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n20 GiB")
 
     monkeypatch.setattr(paraclip, "loss_terms", fail)
-    assert train(*flags(world, tmp_path / "run")) == 2
     words = "out of memory. Tried to allocate 20 GiB; in paraclip.py a --micro-batch needs less"
-    assert words in capfd.readouterr().err
+    check_refused(capfd, words, *flags(world, tmp_path / "run"))
     assert not dist.is_initialized()
 
 
