@@ -595,20 +595,22 @@ def test_weights_that_cannot_be_downloaded(tmp_path):
 
 
 def test_the_two_arrays_are_open_clips(world, alone, tmp_path, monkeypatch):
+    """And each row's own, in whatever order the rows are."""
     monkeypatch.setattr(paraclip, "BLOCK", 32)
+    lines = (world / "rows.jsonl").read_text().splitlines()[::-1]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     model = paraclip.load_model(f"local-dir:{world}/clip")
-    data = data_of(model, world, cache=tmp_path, workers=2)
-    features = torch.from_numpy(np.array(data.features))
+    data = data_of(model, world, rows=tmp_path / "rows.jsonl", cache=tmp_path, workers=2)
+    tokens, features = data.batch(np.arange(80))
     clip, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{world}/clip")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{world}/clip")
     assert features.dtype == torch.float16 and data.tokens.dtype == np.uint16
-    for i, line in enumerate((world / "rows.jsonl").read_text().splitlines()):
-        row = json.loads(line)
+    for i, row in enumerate(map(json.loads, lines)):
         image = preprocess(Image.open(world / "images" / f"{row['image_id']}.jpg"))[None]
         expected = clip.eval().encode_image(image, normalize=True)[0]
         assert (features[i] - expected).abs().max() < 2**-11
-        expected = tokenizer([row["caption"], row["paraphrase_1"], row["paraphrase_2"]])
-        assert data.tokens[i].tolist() == expected.tolist()
+        for kind, key in {"T": "caption", "T1": "paraphrase_1", "T2": "paraphrase_2"}.items():
+            assert tokens[kind][i].tolist() == tokenizer([row[key]])[0].tolist()
 
 
 def test_a_large_vocabulary(world, alone):
