@@ -42,11 +42,11 @@ def make_clip(folder, model_cfg=TINY, seed=0):
 
 
 def make_rows(folder, count, seed=0):
-    """Write rows.jsonl and images/*.jpg of `count` examples, with texts of 2 to 60 words."""
+    """Write rows.jsonl and images/*.jpg of `count` examples, with texts of 2 to 80 words."""
     random = np.random.default_rng(seed)
 
     def text():
-        length = random.choice([2, 4, 8, 60], p=[0.3, 0.4, 0.25, 0.05])
+        length = random.choice([2, 4, 8, 80], p=[0.3, 0.4, 0.25, 0.05])
         return " ".join(random.choice(WORDS, length))
 
     (folder / "images").mkdir()

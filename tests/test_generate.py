@@ -22,9 +22,9 @@ from openai_server import Reply, Server, reword
 from generate import PROMPTS, ROW_KEYS, parse_args, problem_with, tidy
 
 KEY = "sk-loopback-0123456789abcdef"
-QUICK = "random.uniform = lambda a, b: b / 100"  # a hundredth of the longest wait that can be drawn
+QUICK = "generate.random.uniform = lambda a, b: b / 100"  # a hundredth of the longest wait that can be drawn
 # The script, with something else in its place first.
-PATCHED = "import sys, random, fcntl; sys.path.insert(0, {!r}); import generate; {}; generate.main()"
+PATCHED = "import sys; sys.path.insert(0, {!r}); import generate; {}; generate.main()"
 
 
 def start(*args, server=None, patch="pass", key=KEY, **options):
@@ -83,7 +83,8 @@ def body(**keys):
 
 
 def error(status, text=b"busy", **headers):
-    return Reply(status=status, body=text, headers={k.replace("_", "-"): headers[k] for k in headers})
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Reply(status=status, body=text, headers=headers)
 
 
 def slowly(delay):
@@ -106,8 +107,8 @@ def test_two_steps_with_the_papers_prompts_and_parameters(tmp_path):
         assert lines(tmp_path / "new/rows.jsonl") == [dict(zip(ROW_KEYS, ("x/1", *texts)))]
         assert "1 rows more" in done.out
         words = ("max_completion_tokens=2048", "effort=minimal", 'stop=["\\n"]', "seed=7")
-        args = ("captions.tsv", "--output", "b.jsonl", "--endpoint", server.url + "/", "--model", "m")
-        run(*args, "--sampling", *words, key="", cwd=tmp_path)
+        args = ("captions.tsv", "--output", "b.jsonl", "--endpoint", server.url + "/")
+        run(*args, "--model", "m", "--sampling", *words, key="", cwd=tmp_path)
     default = {"model": "gpt-4o-mini", "temperature": 1.0, "top_p": 0.1, "max_tokens": 512}
     sampling = {"max_completion_tokens": 2048, "effort": "minimal", "stop": ["\n"], "seed": 7}
     assert server.count == 4
@@ -207,7 +208,7 @@ FILES = {
     "captions.tsv": "filepath\ttitle\n1\ta red dog\n", "a.txt": "a dog\n",
     "bytes.tsv": b"filepath\ttitle\n1\t\xff\xfe\n", "columns.tsv": "x\ty\n1\t2\n",
     "cells.tsv": "filepath\ttitle\n1\ta dog\n2\n", "root.tsv": "filepath\ttitle\n/etc/1\ta dog\n",
-    "short.tsv": "filepath\ttitle\n1\tdog\n", "broken.jsonl": '{"image_id": "1", "caption": "x"}\n{\n',
+    "short.tsv": "filepath\ttitle\n1\tdog\n", "broken.jsonl": '{"image_id": "1", "caption": ""}\n{\n',
     "list.jsonl": "[1, 2]\n", "deep.jsonl": '{"image_id": ' + "[" * 100_000 + "\n",
     "id.jsonl": '{"image_id": "1"}\n{"image_id": "2',
     "up.jsonl": '{"image_id": "b/../../1", "caption": "a dog"}\n',
@@ -227,15 +228,15 @@ ERRORS = {  # by the arguments: what the error must name
     "cut.tar": "cut.tar cut off", "bad.tar": "bad.tar damaged", "gif.tar": "no captions partner",
     "captions.tsv --sampling seed": "--sampling",
     "captions.tsv --sampling seed=1 b.jsonl": "--sampling b.jsonl",
-    "captions.tsv --retries 1": "--retries",
     "captions.tsv --endpoint localhost:8000": "--endpoint http://",
     f"captions.tsv --endpoint http://u:{KEY}@localhost/v1": "--endpoint",
     # what is no output is left alone
     "captions.tsv --output package.json": "package.json", "captions.tsv --output .": ".: file",
-    "captions.tsv --output prose.txt": "prose.txt", "captions.tsv --output torn.jsonl": "torn.jsonl",
-    "captions.tsv --output one.jsonl": "one.jsonl", "captions.tsv --output id.jsonl": "id.jsonl",
-    "captions.tsv --output captions.tsv": "captions.tsv:2", "one.jsonl --output one.jsonl": ":1",
-    "captions.tsv --output /dev/full": "/dev/full", "one.jsonl --output link.jsonl": "link.jsonl",
+    "captions.tsv --output prose.txt": "prose.txt", "captions.tsv --output id.jsonl": "id.jsonl",
+    "captions.tsv --output one.jsonl": "one.jsonl", "one.jsonl --output one.jsonl": "one.jsonl:1",
+    "captions.tsv --output torn.jsonl": "torn.jsonl", "captions.tsv --output /dev/full": "dev/full",
+    "captions.tsv --output captions.tsv": "captions.tsv:2",
+    "one.jsonl --output link.jsonl": "link.jsonl",
     "rows.jsonl --export-chat rows.jsonl": "rows.jsonl",
     "rows.jsonl --export-chat ./rows.jsonl": "rows.jsonl",
     "rows.jsonl --export-chat /dev/null": "/dev/null",
@@ -274,18 +275,16 @@ TIDY = {  # what the LLM says: the answer in it
 }  # fmt: skip
 SOURCE = "a red dog runs"
 BAD_ANSWERS = [
-    "", "...", "two\nlines", "a red\u2028dog", "A red dog runs!", "A RED dog - runs", "<think>hm",
-    "**Bold** hound", "A hound <|im_end|>", "[INST] a hound", "A hound\ufffd", "A_hound_runs",
-    "I'm sorry, but I can't help with that.", "I’m sorry", "As an AI language model, I can't",
-    "I cannot assist with that", "Sorry, can't do", "My apologies for that",
-    "Could you please provide the caption?", "There is no caption given.", "Needs more context",
-    "The text you want paraphrased is missing.", "Unable to rephrase, as it is explicit",
-    "A hound that " + "runs and " * 20 + "runs",
+    "...", "two\nlines", "a red\u2028dog", "A RED dog - runs!", "<think>hm", "**Bold** hound",
+    "A hound <|im_end|>", "[INST] a hound", "A hound\ufffd", "A_hound_runs", "I’m sorry",
+    "As an AI language model, I can't", "Sorry, can't do", "My apologies for that",
+    "There is no caption given.", "Needs more context", "The text you want paraphrased is missing.",
+    "Unable to rephrase, as it is explicit", "A hound that " + "runs and " * 20 + "runs",
     # as people marked them in real answers
     "Output: A hound sprints", "1. A hound sprints 2. A crimson pooch", "- A hound", "• A hound",
     "A hound sprints (Note: shortened)", "A hound sprints (3 words)", "A hound/pooch sprints",
-    "the given text is: A hound", "Paraphrase: A hound", "A hound sprints. Собака бежит",
-    "A hound 红狗", "A hound; a pooch", "# A hound", "A hound\x1b[31m",
+    "the given text is: A hound", "A hound sprints. Собака бежит", "A hound 红狗", "A hound; a pooch",
+    "# A hound", "A hound\x1b[31m",
 ]  # fmt: skip
 GOOD_ANSWERS = {  # of their sources
     "A crimson hound sprints": SOURCE, "An iPad dog": SOURCE, "A dog & co., $5!": SOURCE,
@@ -424,9 +423,8 @@ def test_fifty_failures_in_a_row_stop_the_job(tmp_path):
     job = (*args, "--max-retries", 1, "--concurrency", 4)
     for trouble, name in ((error(503, b"boom"), "boom"), (FAILING["401"][0], "OPENAI_API_KEY")):
         answers = 20 * [None] + 200 * [trouble]
-        done = serve(
-            tmp_path, lambda r, a=answers: a[r.number] or reword(r), *job, code=2, patch=QUICK
-        )
+        answer = functools.partial(lambda answers, r: answers[r.number] or reword(r), answers)
+        done = serve(tmp_path, answer, *job, code=2, patch=QUICK)
         assert done.server.count <= 20 + 2 * 54
         flags = ("--model", done.server.url, "--sampling", "--concurrency", "--timeout")
         for word in ("50 captions", name, *flags):
@@ -494,27 +492,28 @@ def test_a_429_for_one_caption_alone_ends(tmp_path):
     assert len(lines(tmp_path / "rows.jsonl")) == 299
 
 
-@pytest.mark.parametrize("kind", ["429", "503", "date", "in a 200"])
-def test_nobody_sends_in_a_pause(tmp_path, kind):
+PAUSES = [(error(429), "1.5"), (error(503), "1.5"), (body(error={"code": 429}), "1.5"),
+          (error(429), "date")]
+
+
+@pytest.mark.parametrize("reply, retry_after", PAUSES)
+def test_nobody_sends_in_a_pause(tmp_path, reply, retry_after):
     """Retry-After holds back all workers, and the bar says why."""
     paused_at = []
-    replies = {
-        "429": error(429), "503": error(503), "date": error(429), "in a 200": body(error={"code": 429})
-    }  # fmt: skip
 
     def answer(request):
         if request.number != 10:
             return Reply(reword(request).content, delay=0.05)
         paused_at.append(time.monotonic())
         date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2
-        replies[kind].headers = {"Retry-After": date if kind == "date" else "1.5"}
-        return replies[kind]
+        reply.headers = {"Retry-After": date if retry_after == "date" else retry_after}
+        return reply
 
     args = (*write_captions(tmp_path, 60), "--concurrency", 8)  # 0.75 s without a pause
     done = serve(tmp_path, answer, *args, patch="generate.BAR_SECONDS = 0.3")  # as in a terminal
     assert re.search("rows.*trouble=HTTP (429|503): ", done.err)
     sent = [request.time - paused_at[0] for request in done.server.requests[11:]]
-    pause = 1 if kind == "date" else 1.5
+    pause = 1 if retry_after == "date" else 1.5
     assert not [t for t in sent if 0.3 < t < pause - 0.05]  # 0.3: the 429 is on its way
     assert len(sent) > 90
     assert len(lines(tmp_path / "rows.jsonl")) == 60
@@ -642,7 +641,7 @@ def test_a_full_disk_and_one_without_locks(tmp_path):
         assert "disk is full" in serve(tmp_path, reword, *args, code=2, preexec_fn=limit).error
         rows = lines(tmp_path / "rows.jsonl")
         assert size / 300 < len(rows) < size / 100
-    patch = "exec('def no(*_): raise OSError(37, \"No locks available\")'); fcntl.flock = no"
+    patch = "exec('def no(*_): raise OSError(37, \"No locks available\")'); generate.fcntl.flock = no"
     done = serve(tmp_path, reword, *args, patch=patch)
     assert "rows.jsonl: is on a disk without locks" in done.err
     assert numbers(tmp_path / "rows.jsonl") == list(range(1, 201))
