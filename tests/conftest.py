@@ -30,6 +30,11 @@ WORDS = [
 ]  # fmt: skip
 
 
+def pytest_configure(config):
+    # Python 3.12 and later warn of what DataLoader's processes and start()'s are.
+    config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded, use of fork")
+
+
 def make_clip(folder, model_cfg=TINY, seed=0):
     """Write a random open_clip model as a local-dir and return its --model name."""
     folder.mkdir(exist_ok=True)
