@@ -167,7 +167,7 @@ def read_paraphrases(data):
         row = json.loads(line)
         query = row.get("query") or row["caption"]  # or else it is a row of generate.py
         paraphrase = row.get("paraphrase") or row["paraphrase_1"]
-        return query, paraphrase, find_gold(row.get("image_id"), folder)
+        return query.strip(), paraphrase.strip(), find_gold(row.get("image_id"), folder)
 
     pairs = list(paraclip.read_jsonl(path, parse_pair))
     if not pairs or len(images) < 10:
@@ -525,10 +525,10 @@ def find_images(folder):
 def files_below(folder):
     """Yield the paths of the files in a folder and in its subfolders, linked ones too."""
     for path in folder.iterdir():
-        if path.is_dir():
-            yield from files_below(path)
-        else:
+        if not path.is_dir():
             yield path
+        elif not folder.resolve().is_relative_to(path.resolve()):  # no link to a folder above
+            yield from files_below(path)
 
 
 # ------------------------------------------------------------------ encoding

@@ -140,6 +140,8 @@ class Endpoint:
             raise InputError("--endpoint: must be like http://localhost:8000/v1, without a user")
         if flags.endpoint == OPENAI and not self.key:
             raise InputError("OPENAI_API_KEY: set it, or name a server of your own with --endpoint")
+        if not self.key.isascii():
+            raise InputError("OPENAI_API_KEY: no key has such characters; copy it again")
         self.session = requests.Session()
         self.session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=flags.concurrency))
         if self.key:
@@ -306,7 +308,8 @@ def generate(flags):
             last_reason = reason
             failed += 1
             failed_in_a_row += 1
-            if failed_in_a_row == FAILURES_IN_A_ROW:
+            # Of captions that begin together those that fail end first. They may be a half.
+            if failed_in_a_row == max(FAILURES_IN_A_ROW, flags.concurrency // 2):
                 raise InputError(f"{failed_in_a_row} captions failed one after another, the last: "
                                  f"{reason}; are --model, --endpoint {endpoint.url} and --sampling "
                                  "right, and --concurrency and --timeout, if the server is slow?")
@@ -452,6 +455,7 @@ def reading(items, path):
 def read_rows(path, needed=ROW_KEYS):
     """Yield (row, where it ends in the file) of each line of a .jsonl, or of a .tsv with a header.
 
+    needed: the keys of its texts; whole rows are in no .tsv.
     The start of a row that a kill has torn, at the end of the file, is passed over.
     """
     start = 0
@@ -463,7 +467,7 @@ def read_rows(path, needed=ROW_KEYS):
             if line.isspace():
                 continue
             try:
-                if not path.endswith(".tsv"):
+                if needed is ROW_KEYS or not path.endswith(".tsv"):
                     row = json.loads(line)
                 elif header is None:
                     header = cells_of(line)
@@ -497,7 +501,7 @@ def check_row(row, needed):
     """
     for key in needed:
         row[key] = row[key].encode("utf-8", "replace").decode()
-    if re.match(r"/|(.*/)?\.\.(/|$)", row["image_id"]):
+    if re.match(r"\s*$|/|(.*/)?\.\.(/|$)", row["image_id"]):
         raise InputError("image_id must be a path below the folder of images")
 
 
@@ -591,7 +595,7 @@ def parse_args(argv=None):
     add("--max-retries", type=int, default=10,
         help="send a request that fails up to so many times more (default: %(default)s)")
     add("--timeout", type=float, default=300,
-        help="wait so many seconds for an answer (default: %(default)s)")
+        help="wait so many seconds for an answer, or its next piece (default: %(default)s)")
     flags = parser.parse_args(argv)
     flags.sampling = dict(flags.sampling)
     flags.concurrency = max(1, flags.concurrency)

@@ -216,8 +216,9 @@ class TextEncoder(torch.nn.Module):
         if self.is_plain:
             return tokens.argmax(1) + 1  # up to the end token, which has the highest token id
         if isinstance(self.tower, open_clip.hf_model.HFTextEncoder):
-            # RoBERTa's attention mask leaves padding out.
-            return (tokens != self.tower.config.pad_token_id).sum(1)
+            # RoBERTa's attention mask leaves out the padding at the end.
+            is_text = tokens != self.tower.config.pad_token_id
+            return tokens.shape[1] - is_text.flip(1).int().argmax(1)
         return torch.full((len(tokens),), tokens.shape[1])
 
     def send(self, tensor):
@@ -411,7 +412,7 @@ class Data:
         rows = read_rows(args.rows)
         ids = sorted({row[0] for row in rows})
         index_of = dict(zip(ids, range(len(ids))))
-        self.image_of = np.array([index_of[row[0]] for row in rows])
+        self.image_of = np.array([index_of[row[0]] for row in rows], int)
         self.checksum = sha256(rows)
         self.kinds = kinds_of(args.loss)
         self.tokens = cache_tokens(rows, self.checksum, model, args)
@@ -530,6 +531,7 @@ def cached(name, items, shape, dtype, load, args, encode=torch.as_tensor):
 # ------------------------------------------------------------------ images, and their features
 
 Image.init()  # Pillow registers most of its formats only now
+warnings.filterwarnings("ignore", module="PIL")  # of images that it can read
 
 
 def image_name(path):
@@ -550,7 +552,7 @@ def images_in(place):
     """
     found = {}
     if place.is_dir():
-        for file in place.iterdir():
+        for file in filter(Path.is_file, place.iterdir()):
             found[file.name] = functools.partial(open, file, "rb")
     elif place.is_file():
         tar = tarfile.open(place, "r:")  # noqa: SIM115, it stays open
@@ -770,7 +772,7 @@ def place_on_machine():
     """
     if "RANK" not in os.environ:
         return 0, 1
-    return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def cores():
@@ -821,7 +823,8 @@ def open_locked(path, wait=False):
     except BlockingIOError:
         if not wait:
             raise InputError(f"another process writes to {path}; wait for its end") from None
-        print(f"waiting for the process that has locked {path}", flush=True)
+        print(f"waiting for the process that has locked {path}; two machines can't share it",
+              flush=True)
         fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError:  # this disk has no locks
         pass
@@ -1008,6 +1011,8 @@ def check_flags(args):
     ranks = dist.get_world_size()
     if args.batch_size % ranks:
         raise InputError(f"--batch-size {args.batch_size} can't be divided among {ranks} ranks")
+    if len(set(args.loss)) < len(args.loss):
+        raise InputError("--loss: name each term once")
     if "I" in kinds_of(args.loss) and not (args.images and args.images.is_dir()):
         raise InputError(f"--images {args.images}: there is no such folder; a term of --loss has I")
     has_model = (args.output / "open_clip_config.json").exists()

@@ -229,6 +229,7 @@ def test_damaged_and_missing_files(copy, file):
 
 @pytest.mark.parametrize(("file", "old", "new", "error"), [
     ("paraphrased_retrieval.jsonl", '"query"', '"text"', "jsonl:1: KeyError: 'caption'"),
+    ("paraphrased_retrieval.jsonl", '"query": ', '"query": 5, "was": ', "jsonl:1: AttributeError"),
     ("paraphrased_retrieval.jsonl", "139", '"140"', 'jsonl:1: ValueError: image_id "140" is no'),
     ("coco/annotations/captions_val2017.json", '"image_id": 139', '"image_id": 7', "KeyError: 7"),
     ("coco/annotations/captions_val2017.json", NAMES[0], "1.jpg", "coco/val2017: KeyError: '1'"),
@@ -437,6 +438,7 @@ def own(tmp_path, data):
         Image.open(data / "coco/val2017" / name).save(path)
     for other in ("._photo.1.jpg", "trip/._photo.1.jpg", "notes.txt"):
         write(tmp_path / "mine/images" / other, b"of macOS, or no image")
+    (tmp_path / "mine/images/trip/all").symlink_to(tmp_path / "mine/images")
     write_pairs(
         tmp_path / "mine",
         {"query": "a red dog", "paraphrase": "a dog which is red", "image_id": "photo.1"},

@@ -208,6 +208,7 @@ FILES = {
     "captions.tsv": "filepath\ttitle\n1\ta red dog\n", "a.txt": "a dog\n",
     "bytes.tsv": b"filepath\ttitle\n1\t\xff\xfe\n", "columns.tsv": "x\ty\n1\t2\n",
     "cells.tsv": "filepath\ttitle\n1\ta dog\n2\n", "root.tsv": "filepath\ttitle\n/etc/1\ta dog\n",
+    "blank.tsv": "filepath\ttitle\n \ta dog\n", "head.tsv": "filepath\ttitle\n",
     "short.tsv": "filepath\ttitle\n1\tdog\n", "broken.jsonl": '{"image_id": "1", "caption": ""}\n{\n',
     "list.jsonl": "[1, 2]\n", "deep.jsonl": '{"image_id": ' + "[" * 100_000 + "\n",
     "id.jsonl": '{"image_id": "1"}\n{"image_id": "2',
@@ -235,7 +236,8 @@ ERRORS = {  # by the arguments: what the error must name
     "captions.tsv --output prose.txt": "prose.txt", "captions.tsv --output id.jsonl": "id.jsonl",
     "captions.tsv --output one.jsonl": "one.jsonl", "one.jsonl --output one.jsonl": "one.jsonl:1",
     "captions.tsv --output torn.jsonl": "torn.jsonl", "captions.tsv --output /dev/full": "dev/full",
-    "captions.tsv --output captions.tsv": "captions.tsv:2",
+    "captions.tsv --output captions.tsv": "captions.tsv:1", "blank.tsv": "blank.tsv:2 image_id",
+    "captions.tsv --output head.tsv": "head.tsv:1",
     "one.jsonl --output link.jsonl": "link.jsonl",
     "rows.jsonl --export-chat rows.jsonl": "rows.jsonl",
     "rows.jsonl --export-chat ./rows.jsonl": "rows.jsonl",
@@ -438,10 +440,15 @@ def test_fifty_failures_in_a_row_stop_the_job(tmp_path):
     assert numbers(tmp_path / "rows.jsonl") == list(range(1, 301))
 
 
-def test_old_failures_do_not_stop_a_job_that_goes_on(tmp_path):
-    """Sixty captions fail for ever: they are asked for among those that don't."""
-    args = (*write_captions(tmp_path, 200), "--concurrency", 2)
-    serve(tmp_path, lambda r: reword(r) if number_in(r) > 60 else "no\nno", *args, code=1)
+@pytest.mark.parametrize("concurrency", [2, 200])
+def test_captions_that_always_fail_do_not_stop_a_job(tmp_path, concurrency):
+    """They are asked for among those that don't; where all begin at once they end first."""
+
+    def answer(request):
+        return Reply(reword(request).content, delay=0.02) if number_in(request) > 60 else "no\nno"
+
+    args = (*write_captions(tmp_path, 200), "--concurrency", concurrency)
+    serve(tmp_path, answer, *args, code=1)
     assert numbers(tmp_path / "rows.jsonl") == list(range(61, 201))
 
 
@@ -543,7 +550,8 @@ def test_the_key_shows_nowhere(tmp_path):
     args = write_captions(tmp_path, 2)
     assert "OPENAI_API_KEY: set it" in run(*args, key="", code=2, cwd=tmp_path).err
     with Server(lambda r: f"my key is {KEY} and {r.step} for {number_in(r)}") as server:
-        run(*args, key=f"{KEY}\u20ac", server=server, cwd=tmp_path, patch=QUICK, code=1)
+        done = run(*args, key=f"{KEY}\u20ac", server=server, cwd=tmp_path, code=2)
+        assert "OPENAI_API_KEY: no key has" in done.err
         assert server.count == 0
         run(*args, key=f" {KEY[:9]}\n{KEY[9:]}\n", server=server, cwd=tmp_path, code=1)
     assert {request.key for request in server.requests} == {KEY}

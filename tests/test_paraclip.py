@@ -166,8 +166,8 @@ def test_other_towers_equal_the_naive_step(world, alone, tmp_path, tower):
 @pytest.mark.parametrize("micro_batch", [0, 7])
 def test_roberta_equals_the_naive_step(world, alone, tmp_path, micro_batch):
     encoder = check_one_step(conftest.make_roberta(tmp_path), world, micro_batch)
-    tokens = torch.tensor([[0, 5, 2, 1, 1], [0, 5, 6, 2, 1]])
-    assert encoder.lengths(tokens).tolist() == [3, 4]
+    tokens = torch.tensor([[0, 5, 2, 1, 1], [0, 5, 6, 2, 1], [0, 1, 6, 2, 1]])  # 1 is "<pad>"
+    assert encoder.lengths(tokens).tolist() == [3, 4, 4]
 
 
 def test_two_ranks_equal_the_naive_step(world):
@@ -417,8 +417,7 @@ def end_two(*both):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank, arguments in enumerate(both):
         processes.append(start(*arguments, RANK=str(rank), **place))
@@ -653,7 +652,7 @@ def test_files_below_a_folder_and_members_of_shards(world, tmp_path):
                          "b/c/7.jpg": jpeg})
     (tmp_path / "00000.tar").write_bytes(whole)
     (tmp_path / "00001.tar").write_bytes(whole[: whole.index(b"9.jpg")])
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in/c").mkdir(parents=True)  # a folder beside an image of its name
     for name in ("in/a.b.jpeg", "in/c.JPG", "in/two.jpg", "in/two.png", "in/._d.jpg", "whole.jfif"):
         (tmp_path / name).write_bytes(jpeg)
     for name in ("in/e.gif", "in/f.Bmp", "in/g.webp", "in/h.avif", "in/i.tiff"):
@@ -730,6 +729,8 @@ BAD_FLAGS = [
     ({"model": "clip"}, "model clip: it is none of openai, openclip-400m"),
     ({"model": "ViT-B-32:laion3b"}, "'laion3b' is not a known tag or"),
     ({"loss": ["I:T3"]}, "--loss: invalid choice: 'I:T3'"),
+    ({"loss": ["I:T2", "T:T1", "I:T2"]}, "--loss: name each term once"),
+    ({"rows": os.devnull, "batch_size": 40}, "--rows: 0 rows to train on are fewer"),
 ]
 
 
