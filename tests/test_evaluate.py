@@ -385,7 +385,8 @@ def test_errors_before_the_work(data, models, tmp_path, monkeypatch, run):
     monkeypatch.setattr(paraclip, "load_model", None)
     for flags, error in (
         ([models[0], "--data", tmp_path], f"--data {tmp_path}: nothing to evaluate, none of"),
-        ([models[0], "--data", data, "--gallery", "no/page.html"], "no/page.html: its folder"),
+        ([models[0], "--data", data, "--gallery", "no/page.html"],
+         "no/page.html: its folder is not"),
         ([models[0], "--data", data, "--tasks", "imagenet"], "is there: imagenet/val$"),
         ([models[0], "no-such-model", "--data", data], "no-such-model: "),
     ):

@@ -170,6 +170,33 @@ def test_roberta_equals_the_naive_step(world, alone, tmp_path, micro_batch):
     assert encoder.lengths(tokens).tolist() == [3, 4, 4]
 
 
+@pytest.mark.parametrize("count, lengths", [(1, [5]), (40, [3]), (700, [3, 4, 9, 30, 64, 77])])
+def test_features_are_in_the_order_of_the_texts(world, count, lengths):
+    """Of one text, of many of one length, and of short ones beside all 77 tokens."""
+    clip = paraclip.load_model(f"local-dir:{world}/clip").clip.double()
+    random = np.random.default_rng(0)
+    tokens = torch.zeros(count, 77, dtype=torch.int64)
+    for text in tokens:
+        length = random.choice(lengths)
+        text[:length] = torch.from_numpy(random.integers(1, 49406, length))
+        text[length - 1] = 49407
+    features, _ = paraclip.TextEncoder(clip)(tokens)
+    expected = F.normalize(clip.encode_text(tokens), dim=-1)
+    assert (features - expected).abs().max() < 1e-12
+
+
+def test_batches_are_the_same_for_any_number_of_ranks(monkeypatch):
+    steps = []
+    for ranks in (1, 2, 3):
+        monkeypatch.setattr(dist, "get_world_size", lambda ranks=ranks: ranks)
+        parts = []
+        for rank in range(ranks):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            parts.append(list(paraclip.batches(40, batch_size=12, epochs=2, seed=3)))
+        steps.append(np.concatenate(parts, axis=1).tolist())
+    assert steps[0] == steps[1] == steps[2]
+
+
 def test_two_ranks_equal_the_naive_step(world):
     process = torchrun(__file__, world)
     assert process.wait(120) == 0, process.stdout.read()
@@ -344,10 +371,17 @@ def test_a_run_learns_and_its_directory_is_an_open_clip_model(world, unbroken):
 
 
 def test_the_file_alone_trains(world, tmp_path):
-    """Copied into an empty folder, it needs none of the project's other files, and no HTTP."""
+    """Copied into an empty folder, it needs none of the project's other files, and no HTTP.
+
+    And it prints no warning, such as Pillow's of a palette with transparent colours.
+    """
     shutil.copy(ROOT / "paraclip.py", tmp_path)
     assert "requests" not in (ROOT / "paraclip.py").read_text()
-    arguments = flags(world, tmp_path / "run", batch_size=40, workers=2)
+    shutil.copytree(world / "images", tmp_path / "images")
+    (tmp_path / "images/0000.jpg").unlink()
+    palette = Image.linear_gradient("L").convert("P")
+    palette.save(tmp_path / "images/0000.png", transparency=bytes(range(256)))
+    arguments = flags(world, tmp_path / "run", images="images", batch_size=40, workers=2)
     command = [sys.executable, "paraclip.py", *arguments]
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
