@@ -308,7 +308,7 @@ def generate(flags):
             last_reason = reason
             failed += 1
             failed_in_a_row += 1
-            # Of captions that begin together those that fail end first. They may be a half.
+            # Of captions that begin together those that fail end first, and may be a half.
             if failed_in_a_row == max(FAILURES_IN_A_ROW, flags.concurrency // 2):
                 raise InputError(f"{failed_in_a_row} captions failed one after another, the last: "
                                  f"{reason}; are --model, --endpoint {endpoint.url} and --sampling "
@@ -467,7 +467,7 @@ def read_rows(path, needed=ROW_KEYS):
             if line.isspace():
                 continue
             try:
-                if needed is ROW_KEYS or not path.endswith(".tsv"):
+                if needed == ROW_KEYS or not path.endswith(".tsv"):
                     row = json.loads(line)
                 elif header is None:
                     header = cells_of(line)
@@ -502,7 +502,7 @@ def check_row(row, needed):
     for key in needed:
         row[key] = row[key].encode("utf-8", "replace").decode()
     if re.match(r"\s*$|/|(.*/)?\.\.(/|$)", row["image_id"]):
-        raise InputError("image_id must be a path below the folder of images")
+        raise InputError("the image_id must be a path below the folder of images")
 
 
 def read_tar(path, count):

@@ -531,7 +531,7 @@ def cached(name, items, shape, dtype, load, args, encode=torch.as_tensor):
 # ------------------------------------------------------------------ images, and their features
 
 Image.init()  # Pillow registers most of its formats only now
-warnings.filterwarnings("ignore", module="PIL")  # of images that it can read
+warnings.filterwarnings("ignore", module="PIL")  # about images that it reads all the same
 
 
 def image_name(path):
@@ -823,8 +823,8 @@ def open_locked(path, wait=False):
     except BlockingIOError:
         if not wait:
             raise InputError(f"another process writes to {path}; wait for its end") from None
-        print(f"waiting for the process that has locked {path}; two machines can't share it",
-              flush=True)
+        print(f"waiting for the process that has locked {path}; the machines of one run can't "
+              "share it", flush=True)
         fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError:  # this disk has no locks
         pass

@@ -31,7 +31,7 @@ WORDS = [
 
 
 def pytest_configure(config):
-    # Python 3.12 and later warn of what DataLoader's processes and start()'s are.
+    # Python 3.12 and later warn of a fork, which DataLoader makes for each worker.
     config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded, use of fork")
 
 
